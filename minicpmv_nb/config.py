@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GUIDE_LORA_TARGETS', 'CHOICES', 'POSITIVE', 'GUIDE', 'NAMES', 'OTHER_NAMES', 'NO_EFFECT', 'TYPES', 'TORCHRUN',
-           'Config', 'lora', 'full', 'from_flags', 'to_flags', 'from_script', 'zero_stage', 'deepspeed_json',
-           'deepspeed_notes', 'save_config', 'load_config', 'write_json']
+           'Config', 'lora', 'full', 'from_flags', 'to_flags', 'flag_help', 'from_script', 'zero_stage',
+           'deepspeed_json', 'deepspeed_notes', 'save_config', 'load_config', 'write_json']
 
 # %% ../nbs/01_config.ipynb #51096afc
 import difflib, json, os, re, shlex
@@ -208,6 +208,12 @@ def to_flags(
     "Write a configuration as flags."
     text = lambda v: str(v).lower() if isinstance(v, bool) else str(v)
     return [part for name, value in asdict(cfg).items() if value is not None for part in (f'--{name}', text(value))]
+
+def flag_help()->str: # One line per flag
+    "All flags with their defaults and meanings, from the comments of `Config`."
+    import inspect
+    found = re.findall(r'^    (\w+): ([^=#]+?)(?: = (.*?))? # (.*)$', inspect.getsource(Config), flags=re.M)
+    return '\n'.join(f'  --{name} {kind}{f" [{default}]" if default else ""}\n      {comment}' for name, kind, default, comment in found)
 
 # %% ../nbs/01_config.ipynb #3d9b507c
 def _join_lines(script:str)->list[str]: # Logical lines without comments

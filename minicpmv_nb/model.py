@@ -119,8 +119,8 @@ def tiny_checkpoint(
     from safetensors.torch import save_file
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     vocab = tiny_tokenizer(folder, texts)
-    specials = {t: i for t, i in json.loads((folder/'tokenizer.json').read_text())['model']['vocab'].items()}
-    config = FAMILIES[family].official | TINY | dict(vocab_size=math.ceil(vocab/64)*64) | sizes
+    ids = {t['content']: t['id'] for t in json.loads((folder/'tokenizer.json').read_text(encoding='utf-8'))['added_tokens']}
+    config = FAMILIES[family].official | TINY | dict(vocab_size=math.ceil(vocab/64)*64, bos_token_id=ids['<|begin_of_text|>'], eos_token_id=ids['<|end_of_text|>']) | sizes
     (folder/'config.json').write_text(json.dumps(config, indent=1), encoding='utf-8')
     (folder/'preprocessor_config.json').write_text(json.dumps(processor_settings(config), indent=1), encoding='utf-8')
     with torch.device('meta'): shapes = MiniCPMV(config).state_dict()

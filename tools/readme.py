@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 INDEX = ROOT/'nbs'/'index.ipynb'
 PICTURES = 'images'  # outside nbs, so that the site does not copy them
 DIRECTIVE = re.compile(r'^[ \t]*#\|[ \t]*([\w-]+):?[ \t]*(.*)\n?', re.M)
-LINK = re.compile(r'(!?\[[^\]]*\]\()([^)\s]+)\)')
+# Code comes first, so that `names[0](x)` in it is no link; a link's text may itself be code.
+CODE_OR_LINK = re.compile(r'(```.*?```|`[^`\n]*`)|(!?\[(?:`[^`]*`|[^\]`])*\]\()([^)\s]+)\)', re.S)
 FENCED_DIV = re.compile(r'^:::.*\n?', re.M)
 
 
@@ -33,8 +34,9 @@ def processed_index()->nbformat.NotebookNode:
 
 def join_lines(node):
     "Multi-line strings as one: files hold lists of lines, nbconvert expects strings."
-    if isinstance(node, list): return ''.join(node) if node and all(isinstance(o, str) for o in node) else [join_lines(o) for o in node]
-    return {k: '' if k == 'source' and v == [] else join_lines(v) for k, v in node.items()} if isinstance(node, dict) else node
+    if isinstance(node, dict): return {k: '' if k == 'source' and not v else join_lines(v) for k, v in node.items()}
+    if not isinstance(node, list): return node
+    return ''.join(node) if node and isinstance(node[0], str) else [join_lines(o) for o in node]
 
 def apply_directives(cell)->None:
     "Do to a cell what Quarto would: hide its code or output, and forget the directive lines."
@@ -51,14 +53,15 @@ def take_front_matter(nb)->str:
         front.update(yaml.safe_load(cell.source.strip().strip('-')) or {})
         nb.cells.remove(cell)
     subtitle = f"\n> {front['description']}\n" if 'description' in front else ''
-    return f"# {front.get('title', ROOT.name)}\n{subtitle}\n"
+    return f"# {front['title']}\n{subtitle}\n"
 
 def ready(nb)->nbformat.NotebookNode:
     "Give every cell what nbconvert needs and what makes two runs equal."
+    pages = page_files()
     for i, cell in enumerate(nb.cells):
         cell.setdefault('id', f'cell-{i}')
         if cell.cell_type == 'code': apply_directives(cell)
-        else: cell.source = FENCED_DIV.sub('', cell.source)
+        else: cell.source = repo_links(FENCED_DIV.sub('', cell.source), pages)
     nb.cells = [c for c in nb.cells if c.source.strip() or c.get('outputs')]
     nb.metadata = nbformat.from_dict({'language_info': {'name': 'python'}})
     return nb
@@ -78,16 +81,22 @@ def page_files()->dict[str, str]:
 
 def repo_link(target:str, pages:dict[str, str])->str:
     "A link that works from README.md, given one that works from nbs/index.ipynb or from its page."
-    if re.match(r'^(\w+:|#)', target) or target.startswith(PICTURES + '/index_'): return target
+    if re.match(r'^(\w+:|#)', target): return target
     path, _, anchor = target.partition('#')
     if path in pages: path, anchor = pages[path], ''  # a notebook shown by a repository host has no such anchor
     return posixpath.normpath(posixpath.join('nbs', path)) + (f'#{anchor}' if anchor else '')
 
+def repo_links(text:str, pages:dict[str, str])->str:
+    "Markdown with its links turned into links of the repository."
+    return CODE_OR_LINK.sub(lambda m: m[1] or f'{m[2]}{repo_link(m[3], pages)})', text)
+
 def captioned(text:str, nb)->str:
-    "Pictures with their captions as alternative text."
+    "Pictures with their captions."
     captions = {c.id: c.metadata.get('caption') for c in nb.cells if c.cell_type == 'code'}
-    def caption(m): return f"![{captions.get(m[2]) or m[1]}]({PICTURES}/index_{m[2]}_"
-    return re.sub(rf'!\[(\w+)\]\({PICTURES}/index_([\w-]+?)_(?=\d+\.)', caption, text)
+    def caption(m):
+        said = captions.get(m[2])
+        return f'![{said}]({m[1]})\n\n*{said}*' if said else m[0]
+    return re.sub(rf'!\[\w+\]\(({PICTURES}/index_([\w-]+?)_\d+\.\w+)\)', caption, text)
 
 def render()->tuple[str, dict[str, bytes]]:
     "The text of the README and its pictures, by path."
@@ -95,9 +104,7 @@ def render()->tuple[str, dict[str, bytes]]:
     head = take_front_matter(nb)
     resources = {'unique_key': 'index', 'output_files_dir': PICTURES}
     text, resources = exporter().from_notebook_node(ready(nb), resources=resources)
-    pages = page_files()
-    text = LINK.sub(lambda m: f'{m[1]}{repo_link(m[2], pages)})', captioned(text, nb))
-    text = '\n'.join(line.rstrip() for line in text.splitlines())
+    text = re.sub(r'^[ \t]+$', '', captioned(text, nb), flags=re.M)
     return head + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n', resources['outputs']
 
 def differences(files:dict[str, bytes])->list[str]:

@@ -37,7 +37,8 @@ def run(path:Path, flags:list[str], timeout:int)->None:
     nb = nbformat.read(path, 4)
     if never_run(nb): return
     for cell in [c for c in nb.cells if skipped(c, flags)]: cell.metadata['tags'] = ['skip-execution']
-    NotebookClient(nb, timeout=timeout, kernel_name='python3', store_widget_state=True, resources={'metadata': {'path': str(path.parent)}}).execute()
+    NotebookClient(nb, timeout=timeout, kernel_name='python3', store_widget_state=True,
+                   extra_arguments=['--log-level=40'], resources={'metadata': {'path': str(path.parent)}}).execute()
     for cell in nb.cells: cell.metadata.pop('tags', None)
     drop_noise(nb)
     nbformat.write(nb, path)
