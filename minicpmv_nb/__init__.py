@@ -1,1 +1,20 @@
+"Fine-tune MiniCPM-V vision-language models, one notebook at a time. Importing this loads neither torch nor transformers."
 __version__ = "0.0.1"
+
+from importlib import import_module
+
+# Where each public name lives; it is imported when it is first used.
+_HOMES = dict(
+    config='Config lora full from_script', samples='Sample check DataError', prompts='Processor', model='load save tiny_checkpoint', batches='load_data',
+    tuning='add_adapter part_table', training='train', plots='plot_run', jobs='launch Run RunFailed', merging='merge', chat='Chat ask answer_file exact_match')
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name):
+    "Import a public name from its module."
+    if name not in _HOME: raise AttributeError(f"module 'minicpmv_nb' has no attribute {name!r}")
+    return getattr(import_module(f'.{_HOME[name]}', __name__), name)
+
+
+def __dir__(): return __all__ + ['__version__']
