@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'SHAPES', 'ASK_SHAPE', 'ASK_COLOUR', 'ASK_SENTENCE', 'BASE
            'sentence', 'write_set', 'data_files', 'prepare', 'machine', 'demo', 'main']
 
 # %% ../nbs/16_demo.ipynb #f259165f
-import argparse, hashlib, json, math, random, shutil, subprocess, sys, time
+import argparse, hashlib, json, random, shutil, subprocess, sys, time
 from pathlib import Path
 
 from .config import full, lora
@@ -15,28 +15,28 @@ from .families import FAMILIES
 
 # %% ../nbs/16_demo.ipynb #4bf7cc35
 COLOURS = dict(red='#d62728', green='#2ca02c', blue='#1f77b4', orange='#ff9f1c', black='#111111')
-SHAPES = dict(circle=0, triangle=3, square=4, star=10)
+SHAPES = ('circle', 'ring', 'cross', 'bar')
 
-def _outline(kind:str, x:float, y:float, r:float, turn:float)->list[tuple[float,float]]: # Corners of a shape
-    n = SHAPES[kind]
-    long = lambda i: r*(.42 if kind == 'star' and i % 2 else 1)
-    return [(x + long(i)*math.sin(turn + 2*math.pi*i/n), y - long(i)*math.cos(turn + 2*math.pi*i/n)) for i in range(n)]
+def _shape(d, kind:str, x:float, y:float, r:float, colour:str)->None: # Draw one on an ImageDraw
+    box = lambda w, h: (x-w, y-h, x+w, y+h)
+    if kind == 'circle': d.ellipse(box(r, r), fill=colour)
+    elif kind == 'ring': d.ellipse(box(r, r), outline=colour, width=round(r*.35))
+    elif kind == 'cross': d.rectangle(box(r, r*.25), fill=colour); d.rectangle(box(r*.25, r), fill=colour)
+    else: d.rectangle(box(r, r*.3), fill=colour)
 
 def draw_shape(
-    kind:str, # A key of SHAPES
+    kind:str, # One of SHAPES
     colour:str, # A key of COLOURS
     rng:random.Random, # Size, place and ground
     large:bool=False, # So large that it is cut into slices
 ): # A PIL image
     "Draw one shape."
     from PIL import Image, ImageDraw
-    w, h = (rng.randint(150, 230), rng.randint(120, 180)) if large else (rng.randint(80, 112), rng.randint(80, 112))
-    im = Image.new('RGB', (w, h), tuple(rng.randint(225, 255) for _ in range(3)))
-    r = min(w, h)*rng.uniform(.25, .38)
-    x, y = rng.uniform(r+2, w-r-2), rng.uniform(r+2, h-r-2)
-    d = ImageDraw.Draw(im)
-    if kind == 'circle': d.ellipse((x-r, y-r, x+r, y+r), fill=COLOURS[colour])
-    else: d.polygon(_outline(kind, x, y, r, (math.pi/4 if kind == 'square' else 0) + rng.uniform(-.15, .15)), fill=COLOURS[colour])
+    side = rng.randint(160, 220) if large else rng.randint(84, 112)
+    im = Image.new('RGB', (side, side), tuple(rng.randint(225, 255) for _ in range(3)))
+    r = side*rng.uniform(.28, .4)
+    x, y = rng.uniform(r+2, side-r-2), rng.uniform(r+2, side-r-2)
+    _shape(ImageDraw.Draw(im), kind, x, y, r, COLOURS[colour])
     return im
 
 # %% ../nbs/16_demo.ipynb #70cb5c83
@@ -74,8 +74,8 @@ def write_set(
     return folder/f'{name}.json'
 
 # %% ../nbs/16_demo.ipynb #79f1c3c8
-BASE = dict(max_steps=420, per_device_train_batch_size=16, learning_rate=2e-3, weight_decay=0.01, warmup_ratio=0.05, adam_beta2=0.98)
-LORA = dict(max_steps=150, per_device_train_batch_size=8, learning_rate=4e-3, weight_decay=0.0, warmup_ratio=0.05, lora_r=16, lora_alpha=32, lora_dropout=0.0)
+BASE = dict(max_steps=1400, learning_rate=1e-3, weight_decay=0.01, warmup_ratio=0.05, adam_beta2=0.98)
+LORA = dict(max_steps=300, learning_rate=3e-3, weight_decay=0.0, warmup_ratio=0.05, lora_r=16, lora_alpha=32, lora_dropout=0.0)
 COMMON = dict(gradient_accumulation_steps=1, save_steps=10_000, logging_steps=5, gradient_checkpointing=False, dataloader_num_workers=0)
 
 def data_files(
@@ -112,9 +112,11 @@ def prepare(
     return files, random_base
 
 def machine()->dict: # Fields of `Config` for this machine
-    "All GPUs where there are any, otherwise two processes on the CPU."
+    "Two processes: on two GPUs if there are as many, on one GPU only one, otherwise on the CPU. Eight samples per step in any case."
     import torch
-    return dict(bf16=torch.cuda.is_bf16_supported(), fp16=False) if torch.cuda.is_available() else dict(use_cpu=True, gpus=2, fp16=False)
+    found = torch.cuda.device_count()
+    ranks = min(found, 2) or 2
+    return dict(gpus=ranks, use_cpu=not found, per_device_train_batch_size=8//ranks, fp16=False, bf16=bool(found) and torch.cuda.is_bf16_supported())
 
 def demo(
     out:str|Path='demo_run', # Folder of everything; replaced if it exists
@@ -131,7 +133,7 @@ def demo(
     _stage(2, 'teaching the base one word for shape and one for colour (full fine-tuning)')
     base = launch(full(str(random_base), str(files['base']), str(files['base_eval']), output_dir=str(out/'base'), deepspeed=None, eval_steps=BASE['max_steps'], **BASE, **COMMON, **machine())).wait().final
     _stage(3, 'adapting it with LoRA to a sentence (torchrun, DeepSpeed ZeRO-2)')
-    run = launch(lora(str(base), str(files['lora']), str(files['lora_eval']), output_dir=str(out/'lora'), deepspeed='ds_config_zero2.json', tune_vision=False, eval_steps=50, **LORA, **COMMON, **machine())).wait()
+    run = launch(lora(str(base), str(files['lora']), str(files['lora_eval']), output_dir=str(out/'lora'), deepspeed='ds_config_zero2.json', tune_vision=False, tune_resampler=False, eval_steps=50, **LORA, **COMMON, **machine())).wait()
     print(f'loss {run.metrics()[0]["loss"]:.3f} -> {[m for m in run.metrics() if "loss" in m][-1]["loss"]:.4f}, drawn in {out/"loss.png"}'); run.plot(out/'loss.png')
     _stage(4, 'merging the adapter')
     merged = merge(base, run.final, out/'merged')

@@ -127,9 +127,10 @@ def resolve(
     try: folder = Path(snapshot_download(name, revision=revision, allow_patterns=DATA_FILES))
     except (LocalEntryNotFoundError, HfHubHTTPError) as e:
         raise FileNotFoundError(f"{name} is neither a folder here nor in the local cache, and could not be downloaded ({type(e).__name__}). Where there is a network, run:\n"
-            f"  hf download {name} --exclude '*.py' --exclude '*.bin' --local-dir {name.split('/')[-1]}\nand give that folder.") from e
+            f"  hf download {name}{f' --revision {revision}' if revision else ''} --exclude '*.py' --exclude '*.bin' --local-dir {name.split('/')[-1]}\nand give that folder.") from e
     return folder, folder.name
 
 def _modelscope(name:str, revision:str|None)->Path:
-    from modelscope import snapshot_download
+    try: from modelscope import snapshot_download
+    except ImportError as e: raise ImportError(f'modelscope:{name} needs the package modelscope: pip install modelscope, or download the model and give its folder.') from e
     return Path(snapshot_download(name, revision=revision, allow_patterns=DATA_FILES))

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .families import resolve
-from .model import WEIGHTS, copy_rest, weight_files
+from .model import aside, copy_rest, into_place, weight_files
 
 # %% ../nbs/13_merging.ipynb #23e32816
 DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, U8=torch.uint8, I8=torch.int8, I16=torch.int16, I32=torch.int32, I64=torch.int64, BOOL=torch.bool)
@@ -121,18 +121,15 @@ def merge(
 )->Path: # `out`, a checkpoint in official layout
     "Merge an adapter into its base, tensor by tensor. Raises `FileExistsError` for a folder that is not empty, `ValueError` when adapter and base do not fit or the check fails."
     from tqdm.auto import tqdm
-    base, out, changes = resolve(str(base))[0], Path(out), read_adapter(adapter)
-    if out.exists() and any(out.iterdir()): raise FileExistsError(f'{out} exists and is not empty: choose another folder, or remove it.')
+    base, changes = resolve(str(base))[0], read_adapter(adapter)
     files = sorted(set(weight_files(base).values()))
     _fits(changes, {n: t.shape for f in files for n, t in stored_tensors(f)[1].items()}, adapter)
-    aside = out.with_name(out.name + '.part')
-    shutil.rmtree(aside, ignore_errors=True); aside.mkdir(parents=True)
-    copy_rest(base, aside)
-    for index in base.glob('*.safetensors.index.json'): shutil.copy(index, aside)
-    for file in tqdm(files, desc='merging', delay=2): merge_file(file, changes, aside/file.name)
-    if check: print(compare(base, adapter, aside))
-    if out.exists(): out.rmdir()
-    return aside.rename(out)
+    part = aside(out)
+    copy_rest(base, part)
+    for index in base.glob('*.safetensors.index.json'): shutil.copy(index, part)
+    for file in tqdm(files, desc='merging', delay=2): merge_file(file, changes, part/file.name)
+    if check: print(compare(base, adapter, part))
+    return into_place(part, out)
 
 def compare(
     base:str|Path, # A checkpoint

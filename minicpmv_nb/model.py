@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TINY', 'WEIGHTS', 'place', 'shift', 'token_losses', 'llm_config', 'MiniCPMV', 'tiny_checkpoint', 'processor_settings',
-           'weight_files', 'tensor_shapes', 'check_shapes', 'load', 'copy_rest', 'save', 'generate']
+           'weight_files', 'tensor_shapes', 'check_shapes', 'load', 'copy_rest', 'write_checkpoint', 'aside',
+           'into_place', 'save', 'generate']
 
 # %% ../nbs/06_model.ipynb #87c08460
 import json, math, shutil
@@ -202,23 +203,47 @@ def copy_rest(
     "Copy everything but the weights."
     shutil.copytree(base, out, ignore=shutil.ignore_patterns(*WEIGHTS), dirs_exist_ok=True)
 
+def write_checkpoint(
+    state:dict[str,torch.Tensor], # Tensors under official names
+    base:str|Path, # The checkpoint whose other files are copied
+    out:str|Path, # A folder
+    max_shard:str='5GB', # Size of one file
+)->None:
+    "Write weights and all other files into a folder, in official layout."
+    from huggingface_hub import save_torch_state_dict
+    Path(out).mkdir(parents=True, exist_ok=True)
+    copy_rest(base, out)
+    save_torch_state_dict({n: t.contiguous() for n, t in state.items()}, out, max_shard_size=max_shard)
+
+def aside(
+    out:str|Path, # Where something is wanted
+)->Path: # An empty folder beside it
+    "Where to write a folder that shall be complete or absent. Raises `FileExistsError` when `out` is not empty."
+    out = Path(out)
+    if out.exists() and any(out.iterdir()): raise FileExistsError(f'{out} exists and is not empty: choose another folder, or remove it.')
+    part = out.with_name(out.name + '.part')
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    return part
+
+def into_place(
+    part:Path, # From `aside`, complete
+    out:str|Path, # Where it is wanted
+)->Path: # `out`
+    "Rename a finished folder into its place."
+    if Path(out).exists(): Path(out).rmdir()
+    return part.rename(out)
+
 def save(
     state:dict[str,torch.Tensor], # Tensors under official names
     base:str|Path, # The checkpoint whose other files are copied
     out:str|Path, # A new folder
     max_shard:str='5GB', # Size of one file
 )->Path: # `out`
-    "Write a checkpoint in official layout. Raises `FileExistsError` when `out` is not empty."
-    from huggingface_hub import save_torch_state_dict
-    out = Path(out)
-    if out.exists() and any(out.iterdir()): raise FileExistsError(f'{out} exists and is not empty: choose another folder, or remove it.')
-    aside = out.with_name(out.name + '.part')
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    copy_rest(base, aside)
-    save_torch_state_dict({n: t.contiguous() for n, t in state.items()}, aside, max_shard_size=max_shard)
-    if out.exists(): out.rmdir()
-    return aside.rename(out)
+    "Save a checkpoint in official layout. Raises `FileExistsError` when `out` is not empty."
+    part = aside(out)
+    write_checkpoint(state, base, part, max_shard)
+    return into_place(part, out)
 
 # %% ../nbs/06_model.ipynb #a758af58
 @torch.no_grad()

@@ -32,7 +32,7 @@ def _points(metrics:list[dict], key:str)->tuple[list,list]: # Steps and values o
 def _draw_loss(ax, metrics:list[dict])->None:
     steps, loss = _points(metrics, 'loss')
     ax.plot(steps, loss, color=COLOURS['step'], lw=1, label='training, each logged step')
-    if len(loss) > 9: ax.plot(steps, running_mean(loss), color=COLOURS['mean'], lw=2, label='training, running mean')
+    if len(loss) >= 40: ax.plot(steps, running_mean(loss), color=COLOURS['mean'], lw=2, label='training, running mean')
     at, evals = _points(metrics, 'eval_loss')
     if evals: ax.plot(at, evals, 'o-', color=COLOURS['eval'], ms=5, lw=1.2, label='evaluation')
     ax.set_ylabel('loss per taught token'); ax.legend(frameon=False, fontsize=8); ax.set_ylim(bottom=0)

@@ -6,7 +6,7 @@
 __all__ = ['TAG', 'Picture', 'Turn', 'Sample', 'Problem', 'Report', 'DataError', 'read_entries', 'open_picture', 'check']
 
 # %% ../nbs/02_samples.ipynb #b9e4cc8a
-import json
+import json, re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -104,7 +104,9 @@ def open_picture(
 )->Picture: # Its path and size
     "Read a picture's header. Raises `FileNotFoundError` or `ValueError`."
     from PIL import Image
-    if not path.is_file(): raise FileNotFoundError(f'The picture {path} does not exist.')
+    try: there = path.is_file()
+    except OSError: there = False # a name too long
+    if not there: raise FileNotFoundError(f'The picture {str(path)[:200]} does not exist.')
     try:
         with Image.open(path) as im:
             if decode: im.load()
@@ -128,6 +130,7 @@ def _talk(entry:dict)->list[tuple[str,str]]: # (reason, fix) for everything wron
         want = ('user', 'assistant')[i % 2]
         if not isinstance(turn, dict) or not {'role', 'content'} <= turn.keys(): found.append((f'Turn {i} has no role and content.', 'Write {"role": ..., "content": ...}.')); continue
         if turn['role'] != want: found.append((f'Turn {i} has role {turn["role"]!r}, expected {want!r}.', 'Roles alternate: user, assistant, user, ...'))
+        if isinstance(turn['content'], str) and re.search('[\ud800-\udfff]', turn['content']): found.append((f'Turn {i} holds half of a character.', 'Replace the lone \\ud800 to \\udfff in the file.'))
         if not isinstance(turn['content'], str) or not turn['content'].strip(): found.append((f'Turn {i} is empty.', 'Write its text, or remove the turn and its partner.'))
     if not found and len(talk) < 2: found.append(('No answer.', 'Add an assistant turn: it is what the model learns.'))
     return found
@@ -153,7 +156,7 @@ def _turns(talk:list[dict], picture:Picture)->tuple[tuple[Turn,...],bool]: # The
 def _entry(i:int, entry, base:Path, seen:dict, decode:bool, literal:bool): # (sample or None, tag added, list of (reason, fix))
     if not isinstance(entry, dict): return None, False, [(f'The entry is a {type(entry).__name__}.', 'Write an object with id, image and conversations.')]
     found = []
-    if entry.get('id') is None: found.append(('No id.', 'Give every entry a unique id.'))
+    if entry.get('id') in (None, ''): found.append(('No id.', 'Give every entry a unique id.'))
     elif str(entry['id']) in seen: found.append((f'The id is already used by entry {seen[str(entry["id"])]}.', 'Give every entry a unique id.'))
     picture = _picture(entry, base, decode)
     if not isinstance(picture, Picture): found.append(picture)

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from .batches import SampleDataset, collate, data_hash, load_data
 from .config import NAMES, Config, deepspeed_json, deepspeed_notes, flag_help, from_flags, load_config, save_config, write_json, zero_stage
 from .families import check_llm_type, find_family, read_config, resolve
-from .model import load, save, weight_files
+from .model import load, weight_files, write_checkpoint
 from .prompts import Processor
 from .tuning import GradientWatch, part_table, tune
 
@@ -46,13 +46,13 @@ def weight_dtype(
 def training_arguments(
     cfg:Config, # After `fit_precision`
 )->TrainingArguments: # What the Trainer understands
-    "Translate a configuration for transformers."
+    "Translate a configuration for transformers, which reads a warm-up of 1 and more as steps, below 1 as a share."
     same = ('output_dir', 'max_steps', 'num_train_epochs', 'per_device_train_batch_size', 'per_device_eval_batch_size', 'gradient_accumulation_steps', 'seed',
         'dataloader_num_workers', 'learning_rate', 'weight_decay', 'adam_beta1', 'adam_beta2', 'lr_scheduler_type', 'max_grad_norm', 'optim', 'logging_strategy',
         'logging_steps', 'eval_steps', 'save_strategy', 'save_steps', 'save_total_limit', 'fp16', 'bf16', 'use_cpu')
     if cfg.report_to == 'tensorboard': os.environ['TENSORBOARD_LOGGING_DIR'] = cfg.logging_dir or str(Path(cfg.output_dir)/'tensorboard')
     return TrainingArguments(**{name: getattr(cfg, name) for name in same}, eval_strategy=cfg.evaluation_strategy if cfg.do_eval else 'no',
-        warmup_steps=cfg.warmup_ratio if cfg.warmup_steps is None else cfg.warmup_steps, report_to=[] if cfg.report_to == 'none' else [cfg.report_to],
+        warmup_steps=min(cfg.warmup_ratio, 1-1e-9) if cfg.warmup_steps is None else cfg.warmup_steps, report_to=[] if cfg.report_to == 'none' else [cfg.report_to],
         deepspeed=deepspeed_json(cfg) if cfg.deepspeed else None, remove_unused_columns=False, label_names=['labels'], prediction_loss_only=True,
         logging_nan_inf_filter=False, disable_tqdm=True, average_tokens_across_devices=True, ddp_find_unused_parameters=False, dataloader_pin_memory=not cfg.use_cpu)
 
@@ -61,6 +61,7 @@ class RunLog(TrainerCallback):
     "Writes metrics.jsonl and status.json, and one line per logged step."
     def __init__(self, folder:str|Path): # The run folder
         self.folder, self.trainer, self.seen, self.mark = Path(folder), None, [0, 0], time.time()
+        self.start, self.rates = (self.mark, 0), []
 
     def count(self, tokens:int, samples:int): # What this rank has processed since the last line
         self.seen = [self.seen[0]+tokens, self.seen[1]+samples]
@@ -76,9 +77,12 @@ class RunLog(TrainerCallback):
         (self.folder/'metrics.jsonl').write_text(''.join(json.dumps(m) + '\n' for m in kept))
         self.status('running', step=state.global_step, steps=state.max_steps)
 
+    def on_optimizer_step(self, args, state, control, **kw): # before the schedule moves on
+        self.rates = [g['lr'] for g in self.trainer.optimizer.param_groups]
+
     def on_log(self, args, state, control, logs=None, **kw):
         entry = dict(step=state.global_step, epoch=round(state.epoch or 0, 4), time=round(time.time(), 1)) | {k: v for k, v in logs.items() if k not in ('epoch',)}
-        if 'loss' in logs: entry |= self._speed() | self._rates()
+        if 'loss' in logs: entry |= self._speed() | dict(learning_rates=self.rates)
         if not state.is_world_process_zero or 'train_runtime' in logs: return
         with open(self.folder/'metrics.jsonl', 'a') as f: f.write(json.dumps(entry) + '\n')
         self.status('running', step=state.global_step, steps=state.max_steps)
@@ -89,9 +93,6 @@ class RunLog(TrainerCallback):
         seconds, self.mark, self.seen = time.time()-self.mark, time.time(), [0, 0]
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident()
         return dict(tokens_per_second=round(total[0]/seconds, 1), samples_per_second=round(total[1]/seconds, 2), memory_gb=round(peak/1e9, 3))
-
-    def _rates(self)->dict: # Learning rate of every parameter group
-        return dict(learning_rates=[g['lr'] for g in self.trainer.optimizer.param_groups])
 
     def _line(self, e:dict, state)->str:
         shown = [f'{k} {e[k]:.4g}' for k in ('loss', 'eval_loss', 'grad_norm', 'learning_rate', 'tokens_per_second') if k in e]
@@ -125,10 +126,10 @@ def read_metrics(
 # %% ../nbs/10_training.ipynb #cb37ea1a
 class FineTuner(Trainer):
     "The Trainer of transformers, for MiniCPM-V."
-    def __init__(self, *args, base:Path, log:RunLog, **kwargs): # Base checkpoint, the run's log
+    def __init__(self, *args, base:Path, log:RunLog, commit:str|None=None, **kwargs): # Base checkpoint, the run's log
         super().__init__(*args, **kwargs)
         self.base, self.run_log, self.staging, self.watch = Path(base), log, None, GradientWatch(self.model)
-        log.trainer = self
+        log.trainer, self.commit = self, commit
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "Leave the names out, and count."
@@ -194,7 +195,7 @@ def _save(self, output_dir=None, state_dict=None):
     out, model = Path(output_dir), self.accelerator.unwrap_model(self.model)
     state = model.state_dict() if state_dict is None else state_dict
     if hasattr(model, 'peft_config'): _save_adapter(model, state, out)
-    else: save({n: t.cpu() for n, t in state.items()}, self.base, out)
+    else: write_checkpoint({n: t.cpu() for n, t in state.items()}, self.base, out)
 
 FineTuner._get_output_dir, FineTuner._save_checkpoint, FineTuner._save = _get_output_dir, _save_checkpoint, _save
 
@@ -294,12 +295,17 @@ def make_trainer(
     torch.manual_seed(cfg.seed) # new LoRA weights are the same on every rank and in every repetition
     model, log = prepare_model(cfg, folder), RunLog(cfg.output_dir)
     _say(str(part_table(model)))
-    return FineTuner(model, arguments, data_collator=collate, train_dataset=data['train'], eval_dataset=data.get('eval'), callbacks=[log], base=folder, log=log)
+    return FineTuner(model, arguments, data_collator=collate, train_dataset=data['train'], eval_dataset=data.get('eval'), callbacks=[log], base=folder, log=log, commit=commit)
 
 def _dataset(path, cfg:Config, processor)->SampleDataset:
     samples, report = load_data(path, processor, cfg.model_max_length, cfg.bad_samples, cfg.extra_image_tags)
     _say(str(report))
     return SampleDataset(samples, processor)
+
+def _claim(folder:str)->None: # Say in status.json which process a watcher has to look at: torchrun, or this one
+    import psutil
+    pid = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else os.getpid()
+    write_status(folder, 'starting', pid=pid, created=psutil.Process(pid).create_time(), error=None)
 
 def train(
     cfg:Config, # What to do; `output_dir` is the run folder
@@ -310,8 +316,9 @@ def train(
     trainer = make_trainer(cfg)
     from transformers.trainer_callback import PrinterCallback
     trainer.remove_callback(PrinterCallback)
-    if trainer.args.should_save and not (Path(cfg.output_dir)/'config.json').is_file(): save_config(cfg, Path(cfg.output_dir)/'config.json', **facts(cfg))
+    if trainer.args.should_save and not (Path(cfg.output_dir)/'config.json').is_file(): save_config(cfg, Path(cfg.output_dir)/'config.json', **facts(cfg, trainer.commit))
     print(f'rank {trainer.args.process_index} of {trainer.args.world_size}, process {os.getpid()}, {trainer.args.device}, ZeRO stage {zero_stage(cfg)}', flush=True)
+    if trainer.args.should_save: _claim(cfg.output_dir)
     start = newest_checkpoint(cfg.output_dir) if cfg.resume_from_checkpoint == 'auto' else cfg.resume_from_checkpoint
     if start: _say(f'resuming from {start}')
     trainer.train(resume_from_checkpoint=str(start) if start else None)

@@ -1,4 +1,9 @@
 "Fixtures that several test modules share."
+import os
+
+# The models are tiny: a second thread costs more than it brings, and far more beside another process. Read when torch is imported.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
 import pytest
 
 from support import ANSWERS, QUESTION, draw_data, golden_checkpoint

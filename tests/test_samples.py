@@ -284,3 +284,19 @@ def test_many_problems_are_summed_up(tmp_path):
 def test_report_escapes_what_the_file_says(tmp_path):
     _, report = check(write_data(tmp_path, [entry('<b>x</b>', image='none.png')]))
     assert '<b>' not in report._repr_html_()
+
+
+# --- entries that once slipped through, or stopped the check without a name ---------------------------------------------
+
+def test_empty_id_is_no_id(tmp_path):
+    assert problems(tmp_path, entry('')) == [(0, 'No id.', 'Give every entry a unique id.')]
+
+def test_picture_inside_the_data_file_is_named(tmp_path):
+    # A path of this length makes the file system itself complain.
+    [(_, reason, fix)] = problems(tmp_path, entry(image='data:image/png;base64,' + 'iVBORw0KGgo'*800))
+    assert len(reason) < 300 and fix
+
+def test_half_a_character_is_named(tmp_path, tiny):
+    # JSON can write half of an emoji; no tokenizer takes it.
+    with pytest.raises(DataError) as e: load_data(write_data(tmp_path, [entry('a'), entry('b', conversations=talk('\ud83d'))]), Processor.from_folder(tiny))
+    assert [(p.entry, p.id) for p in e.value.report.problems] == [(1, 'b')]

@@ -164,6 +164,7 @@ def main()->None:
     parser = argparse.ArgumentParser(description=__doc__)
     sub = parser.add_subparsers(dest='command', required=True)
     for name, command in commands.items(): sub.add_parser(name, help=command.__doc__)
+    os.environ.setdefault('OMP_NUM_THREADS', '1')  # two tests run side by side, and a second thread brings tiny models nothing
     os.chdir(ROOT)
     commands[parser.parse_args().command]()
 

@@ -1,0 +1,235 @@
+"The guide's scripts give the guide's values; what cannot work is refused with what to do."
+import json, shlex, subprocess, sys
+from dataclasses import asdict, fields
+
+import pytest
+
+from support import SCRIPTS
+from minicpmv_nb.config import (GUIDE_LORA_TARGETS, NO_EFFECT, Config, deepspeed_json, deepspeed_notes, from_flags, from_script, full,
+    load_config, lora, save_config, to_flags, write_json, zero_stage)
+
+# What chapter 3.1 of the guide says, flag by flag, in its own words.
+SAME_IN_BOTH = dict(
+    model_name_or_path='/root/ld/ld_model_pretrained/MiniCPM-Llama3-V-2_5', llm_type='llama3',
+    data_path='/root/ld/ld_project/MiniCPM-V/finetune/mllm_demo.json', eval_data_path='/root/ld/ld_project/MiniCPM-V/finetune/mllm_demo.json',
+    bf16=False, fp16=True, do_train=True, do_eval=True, tune_vision=True, model_max_length=2048, max_slice_nums=9, max_steps=10000, eval_steps=1000,
+    output_dir='output/output_minicpmv2_lora', logging_dir='output/output_minicpmv2_lora', logging_strategy='steps', per_device_train_batch_size=2,
+    per_device_eval_batch_size=1, evaluation_strategy='steps', save_strategy='steps', save_steps=10, save_total_limit=10, learning_rate=1e-6,
+    weight_decay=0.1, adam_beta2=0.95, warmup_ratio=0.01, lr_scheduler_type='cosine', logging_steps=1, gradient_checkpointing=True,
+    deepspeed='ds_config_zero3.json', report_to='tensorboard',
+    gpus=8, nnodes=1, node_rank=0, master_addr='localhost', master_port=6001, nccl_p2p_disable=True, nccl_ib_disable=True)
+LORA = SAME_IN_BOTH | dict(tune_llm=False, use_lora=True, gradient_accumulation_steps=8,
+    lora_target_modules=r'llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)')
+FULL = SAME_IN_BOTH | dict(tune_llm=True, use_lora=False, gradient_accumulation_steps=1)
+# The script does not say these; the official code and the Trainer have them as defaults.
+UNSAID = dict(q_lora=False, tune_resampler=True, lora_r=64, lora_alpha=64, lora_dropout=0.05, seed=42, adam_beta1=0.9, max_grad_norm=1.0, optim='adamw_torch',
+    num_train_epochs=1.0, warmup_steps=None)
+# What a preset cannot know, or decides by the machine it is on.
+MACHINE = ['model_name_or_path', 'data_path', 'eval_data_path', 'output_dir', 'logging_dir', 'llm_type', 'gpus', 'master_port', 'nccl_p2p_disable', 'nccl_ib_disable']
+GUIDES = [('finetune_lora.sh', LORA, lora), ('finetune_ds.sh', FULL, full)]
+NEEDED = dict(model_name_or_path='m', data_path='d')
+NEEDED_FLAGS = ['--model_name_or_path', 'm', '--data_path', 'd']
+
+def read(folder, text):
+    (folder/'run.sh').write_text(text)
+    return from_script(folder/'run.sh')
+
+
+# --- scripts ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('file, want', [pytest.param(file, want, id=file) for file, want, _ in GUIDES])
+def test_script_of_the_guide(file, want):
+    have = asdict(from_script(SCRIPTS/file))
+    assert {k: have[k] for k in want} == want
+    assert {k: have[k] for k in UNSAID} == UNSAID
+
+@pytest.mark.parametrize('file, preset', [pytest.param(file, preset, id=file) for file, _, preset in GUIDES])
+def test_preset_is_the_script(file, preset):
+    script, ours = asdict(from_script(SCRIPTS/file)), asdict(preset('m', 'd', 'e'))
+    assert {k: v for k, v in ours.items() if k not in MACHINE} == {k: v for k, v in script.items() if k not in MACHINE}
+
+def test_qlora_script_is_refused():
+    with pytest.raises(ValueError, match=r'q_lora is not available yet: use use_lora=True without it\.'): from_script(SCRIPTS/'finetune_qlora.sh')
+
+def test_flags_without_effect_are_said(capsys):
+    from_script(SCRIPTS/'finetune_lora.sh')
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said] == ['--remove_unused_columns', '--label_names', '--prediction_loss_only', '--bf16_full_eval', '--fp16_full_eval']
+    assert said[2] == f'--prediction_loss_only has no effect here: {NO_EFFECT["prediction_loss_only"]}.'
+
+def test_changes_replace_what_the_script_says():
+    cfg = from_script(SCRIPTS/'finetune_lora.sh', max_steps=3, fp16=False)
+    assert (cfg.max_steps, cfg.fp16, cfg.save_steps) == (3, False, 10)
+
+def test_script_as_bash_takes_it(tmp_path):
+    # The guide's `\ # why` is no continuation for bash; a script that runs has a bare backslash.
+    cfg = read(tmp_path, 'MODEL="a b" # two words\nexport NCCL_IB_DISABLE=1\nARGS="\n    --nproc_per_node 2 \\\n    --master_port 6005\n"\n'
+        'torchrun $ARGS finetune.py \\\n    --model_name_or_path "$MODEL" \\\n    --data_path ${DATA}d#1 \\\n    --do_train \\\n    --learning_rate=2e-5\n')
+    assert (cfg.model_name_or_path, cfg.data_path, cfg.learning_rate) == ('a b', 'd#1', 2e-5)
+    assert (cfg.gpus, cfg.master_port, cfg.nccl_ib_disable, cfg.nccl_p2p_disable) == (2, 6005, True, False)
+
+def test_both_ways_to_continue_a_line_say_the_same(tmp_path):
+    guide = (SCRIPTS/'finetune_lora.sh').read_text()
+    bare = '\n'.join(line[:line.index('\\ ')] + '\\' if '\\ ' in line else line for line in guide.splitlines())
+    assert bare != guide and read(tmp_path, bare) == from_script(SCRIPTS/'finetune_lora.sh')
+
+def test_commented_lines_are_not_read(tmp_path):
+    cfg = read(tmp_path, '# torchrun finetune.py --model_name_or_path other --data_path d\ntorchrun finetune.py --model_name_or_path m --data_path d # --seed 7\n')
+    assert cfg == Config('m', 'd')
+
+def test_script_that_runs_our_module(tmp_path):
+    assert read(tmp_path, 'torchrun --nproc_per_node 2 -m minicpmv_nb.training --model_name_or_path m --data_path d\n') == Config('m', 'd', gpus=2)
+
+def test_script_with_a_variable_before_the_command(tmp_path):
+    assert read(tmp_path, 'CUDA_VISIBLE_DEVICES=0,1 torchrun finetune.py --model_name_or_path m --data_path d\n') == Config('m', 'd')
+
+def test_script_that_goes_on_after_training(tmp_path):
+    assert read(tmp_path, 'python prepare.py --all\ntorchrun finetune.py --model_name_or_path m --data_path d\npython merge.py --adapter out\n') == Config('m', 'd')
+
+def test_script_without_a_command(tmp_path):
+    with pytest.raises(ValueError, match=r'run\.sh: no line "torchrun \.\.\. finetune\.py --flags" found\.'): read(tmp_path, 'echo hello\n')
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+EVERY_KIND = [Config(**NEEDED), lora('m', 'd', 'e'), full('m', 'd', fp16=False, bf16=True, save_total_limit=3),
+    Config('a folder/with space', "d'quoted'", use_lora=True, lora_dropout=0.0, learning_rate=3e-5, max_steps=7, deepspeed='x.json', gpus=2, master_port=6001,
+        gradient_checkpointing=False, gradient_checkpointing_vision=True, warmup_steps=0, weight_decay=0.0)]
+
+@pytest.mark.parametrize('cfg', EVERY_KIND, ids=['defaults', 'lora', 'full', 'many'])
+def test_flags_there_and_back(cfg):
+    assert from_flags(to_flags(cfg)) == cfg
+    assert from_flags(shlex.split(shlex.join(to_flags(cfg)))) == cfg
+
+def test_a_setting_that_is_switched_off_comes_back():
+    # Its default is not None, so leaving the flag out would bring the default back.
+    cfg = Config(**NEEDED, save_total_limit=None)
+    assert from_flags(to_flags(cfg)) == cfg
+
+@pytest.mark.parametrize('flag, value, field, want', [('eval_strategy', 'epoch', 'evaluation_strategy', 'epoch'), ('warmup_ratio', '0.1', 'warmup_ratio', 0.1),
+    ('warmup_steps', '20', 'warmup_steps', 20), ('logging_dir', 'logs', 'logging_dir', 'logs'), ('no_cuda', 'true', 'use_cpu', True), ('lora_rank', '8', 'lora_r', 8),
+    ('max_length', '4096', 'model_max_length', 4096), ('learning-rate', '1e-4', 'learning_rate', 1e-4), ('max_steps', '1e4', 'max_steps', 10000),
+    ('save_total_limit', 'none', 'save_total_limit', None), ('max_steps', '-1', 'max_steps', -1)])
+def test_flag_sets_field(flag, value, field, want):
+    have = getattr(from_flags([*NEEDED_FLAGS, f'--{flag}', value]), field)
+    assert have == want and type(have) is type(want)
+
+def test_flag_without_a_value_is_true():
+    assert from_flags([*NEEDED_FLAGS, '--use_lora', '--bf16']) == Config(**NEEDED, use_lora=True, bf16=True)
+
+@pytest.mark.parametrize('text, want', [('True', True), ('FALSE', False), ('1', True), ('0', False), ('yes', True), ('no', False)])
+def test_true_and_false(text, want): assert from_flags([*NEEDED_FLAGS, '--use_lora', text]).use_lora is want
+
+@pytest.mark.parametrize('argv, message', [
+    (['--learning_rat', '1'], 'There is no flag --learning_rat. Did you mean learning_rate?'),
+    (['--eval_strateg', 'no'], 'There is no flag --eval_strateg. Did you mean eval_strategy?'),
+    (['--zzzzzz', '1'], 'There is no flag --zzzzzz.'),
+    (['stray'], "'stray' is not a flag: flags look like --learning_rate 1e-6."),
+    (['--fp16', 'maybe'], "--fp16 is 'maybe': say true or false."),
+    (['--max_steps', 'many'], "--max_steps is 'many': expected int."),
+    (['--save_steps', '1.5'], "--save_steps is '1.5': expected int."),
+    (['--learning_rate', 'fast'], "--learning_rate is 'fast': expected float."),
+    (['--learning_rate'], "--learning_rate is 'true': expected float.")])
+def test_flag_is_refused(argv, message):
+    with pytest.raises(ValueError) as e: from_flags([*NEEDED_FLAGS, *argv])
+    assert str(e.value) == message
+
+@pytest.mark.parametrize('missing', NEEDED)
+def test_needed_flag_is_missing(missing):
+    with pytest.raises(ValueError, match=f'--{missing} is missing'): from_flags([p for k, v in NEEDED.items() if k != missing for p in (f'--{k}', v)])
+
+@pytest.mark.parametrize('preset', [lora, full])
+def test_unknown_setting_gives_the_nearest_name(preset):
+    with pytest.raises(TypeError, match=r"There is no setting 'max_step'\. Did you mean max_steps\?"): preset('m', 'd', max_step=3)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('values, message', [
+    (dict(use_lora=True, tune_llm=True), 'use_lora and tune_llm exclude each other: LoRA exists to leave the language model frozen. Set one of them to false.'),
+    (dict(use_lora=True, q_lora=True), 'q_lora is not available yet: use use_lora=True without it.'),
+    (dict(fp16=True, bf16=True), 'fp16 and bf16 exclude each other: choose bf16 where the GPU has it.'),
+    (dict(do_eval=True), 'do_eval needs eval_data_path: give a file, or set do_eval=False.'),
+    (dict(tune_resampler=False), 'nothing would train: set use_lora, tune_llm, tune_vision or tune_resampler.'),
+    (dict(do_train=False), 'do_train=False leaves nothing to do: leave the flag out.'),
+    (dict(max_steps=0), 'max_steps is 0: give a positive number, or -1 to train for num_train_epochs.'),
+    (dict(max_steps=-2), 'max_steps is -2: give a positive number, or -1 to train for num_train_epochs.'),
+    (dict(warmup_ratio=1.5), 'warmup_ratio is 1.5: it is a share of the steps, between 0 and 1.'),
+    (dict(warmup_ratio=-0.1), 'warmup_ratio is -0.1: it is a share of the steps, between 0 and 1.'),
+    (dict(lora_dropout=1.0), 'lora_dropout is 1.0: it is a probability below 1.'),
+    (dict(node_rank=1), 'node_rank is 1, but there are 1 machines, numbered from 0.'),
+    (dict(node_rank=-1, nnodes=2), 'node_rank is -1, but there are 2 machines, numbered from 0.'),
+    (dict(save_strategy='best'), "save_strategy is 'best': choose one of steps, epoch, no."),
+    (dict(bad_samples='drop'), "bad_samples is 'drop': choose one of error, skip."),
+    (dict(extra_image_tags='text'), "extra_image_tags is 'text': choose one of report, literal."),
+    (dict(report_to='wandb'), "report_to is 'wandb': choose one of none, tensorboard."),
+    (dict(per_device_train_batch_size=0), 'per_device_train_batch_size is 0: it must be positive.'),
+    (dict(learning_rate=-1e-6), 'learning_rate is -1e-06: it must be positive.'),
+    (dict(learning_rate=float('nan')), 'learning_rate is nan: it must be positive.'),
+    (dict(model_max_length=0), 'model_max_length is 0: it must be positive.'),
+    (dict(max_slice_nums=0), 'max_slice_nums is 0: it must be positive.')])
+def test_refused_with_what_to_do(values, message):
+    with pytest.raises(ValueError) as e: Config(**NEEDED, **values)
+    assert str(e.value) == message
+
+def test_tuning_embeddings_alone_is_allowed(): Config(**NEEDED, tune_resampler=False, tune_embeddings=True)
+
+
+# --- DeepSpeed -------------------------------------------------------------------------------------------------------
+
+def test_no_deepspeed_is_stage_0(): assert zero_stage(Config(**NEEDED)) == 0
+
+@pytest.mark.parametrize('stage', [2, 3])
+@pytest.mark.parametrize('name', ['ds_config_zero{}.json', 'somewhere/ds_config_zero{}.json', 'zero{}'])
+def test_the_guides_file_means_ours_where_it_is_missing(tmp_path, monkeypatch, name, stage):
+    monkeypatch.chdir(tmp_path)
+    cfg = lora('m', 'd', deepspeed=name.format(stage))
+    ours = deepspeed_json(cfg)
+    assert zero_stage(cfg) == stage == ours['zero_optimization']['stage']
+    assert ours['fp16'] == dict(enabled=True) and ours['bf16'] == dict(enabled=False)
+    assert (ours['train_micro_batch_size_per_gpu'], ours['gradient_accumulation_steps'], ours['gradient_clipping']) == (2, 8, 1.0)
+    assert 'scheduler' not in ours and deepspeed_notes(cfg) == []  # the Trainer's schedule is the one that counts
+
+def test_a_file_of_the_user_is_taken_as_it_is(tmp_path):
+    given = dict(zero_optimization=dict(stage=1), anything=[1, 2])
+    (tmp_path/'ds_config_zero3.json').write_text(json.dumps(given))
+    cfg = Config(**NEEDED, deepspeed=str(tmp_path/'ds_config_zero3.json'))
+    assert deepspeed_json(cfg) == given and zero_stage(cfg) == 1 and deepspeed_notes(cfg) == []
+
+def test_a_scheduler_of_the_user_is_reported(tmp_path):
+    # The official ds_config_zero3.json has one; it silently replaces the cosine the script asks for.
+    file = tmp_path/'mine.json'
+    file.write_text(json.dumps(dict(scheduler=dict(type='WarmupLR'))))
+    assert deepspeed_notes(Config(**NEEDED, deepspeed=str(file))) == [
+        f'{file} has a scheduler (WarmupLR): DeepSpeed uses it instead of lr_scheduler_type=cosine. Remove it from the file to get yours.']
+
+@pytest.mark.parametrize('name', ['mine.json', 'ds_config_zero1.json', 'ds_config_zero33.json'])
+def test_another_missing_file_is_an_error(tmp_path, name):
+    with pytest.raises(FileNotFoundError) as e: deepspeed_json(Config(**NEEDED, deepspeed=str(tmp_path/name)))
+    assert str(e.value) == f'There is no file {tmp_path/name}. Give a DeepSpeed JSON, or ds_config_zero2.json or ds_config_zero3.json for ours.'
+
+def test_broken_deepspeed_json(tmp_path):
+    (tmp_path/'mine.json').write_text('{"a": 1,\n}')
+    with pytest.raises(ValueError, match=r'mine\.json is not valid JSON \(line 2'): deepspeed_json(Config(**NEEDED, deepspeed=str(tmp_path/'mine.json')))
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('cfg', EVERY_KIND, ids=['defaults', 'lora', 'full', 'many'])
+def test_saved_configuration_comes_back(tmp_path, cfg):
+    save_config(cfg, tmp_path/'config.json', versions=dict(torch='2'))
+    assert load_config(tmp_path/'config.json') == cfg
+    assert json.loads((tmp_path/'config.json').read_text())['versions'] == dict(torch='2')
+
+def test_failed_writing_leaves_the_old_file(tmp_path):
+    write_json(tmp_path/'x.json', dict(a=1))
+    with pytest.raises(TypeError): write_json(tmp_path/'x.json', dict(a=object()))
+    assert json.loads((tmp_path/'x.json').read_text()) == dict(a=1) and [p.name for p in tmp_path.iterdir()] == ['x.json']
+
+def test_help_lists_every_field():
+    said = subprocess.run([sys.executable, '-m', 'minicpmv_nb.training', '--help'], capture_output=True, text=True, check=True).stdout
+    listed = [line.split()[0] for line in said.splitlines() if line.startswith('  --')]
+    assert listed == [f'--{f.name}' for f in fields(Config)]
+    assert "--learning_rate float [1e-6]\n      The guide's value; LoRA usually wants about 1e-4" in said
+
+def test_default_targets_are_the_guides(): assert GUIDE_LORA_TARGETS == LORA['lora_target_modules']

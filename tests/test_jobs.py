@@ -1,0 +1,120 @@
+"Runs as processes of their own: they outlive their launcher, fail loudly, stop and go on."
+import json, os, signal, socket, subprocess, sys, time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from minicpmv_nb.config import lora
+from minicpmv_nb.jobs import Run, RunFailed, launch
+from minicpmv_nb.training import newest_checkpoint
+from support import draw_data
+
+
+@pytest.fixture
+def cfg(tiny, drawn, tmp_path):
+    "A LoRA run of two ranks under ZeRO-2 that would take a while."
+    return lora(str(tiny), str(drawn), output_dir=str(tmp_path/'run'), use_cpu=True, gpus=2, fp16=False, deepspeed='ds_config_zero2.json', max_steps=4, save_steps=2,
+        gradient_accumulation_steps=1, learning_rate=1e-3, dataloader_num_workers=0, tune_vision=False, report_to='none')
+
+@pytest.fixture
+def data_copy(tmp_path):
+    "A data file that a test may spoil."
+    (tmp_path/'data').mkdir()
+    return draw_data(tmp_path/'data', 24)
+
+def until(done, seconds=120):
+    "Wait for something to become true."
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, 'it did not happen'
+        time.sleep(.1)
+
+def steps(run)->list[int]: return [m['step'] for m in run.metrics() if 'loss' in m]
+
+
+def test_a_run_outlives_the_process_that_launched_it(cfg, tmp_path):
+    cfg = replace(cfg, max_steps=30, save_steps=100)
+    launcher = subprocess.Popen([sys.executable, '-c', f'from minicpmv_nb import launch, Config; import time; launch({cfg!r}); print("launched", flush=True); time.sleep(600)'],
+        stdout=subprocess.PIPE, text=True)
+    while 'launched' not in (line := launcher.stdout.readline()): assert line
+    run = Run.attach(cfg.output_dir)
+    until(lambda: len(steps(run)) > 1)
+    workers = [p for p in psutil.Process(run.status()['pid']).children() if 'minicpmv_nb.training' in ' '.join(p.cmdline())]
+    assert len(workers) == 2
+    sessions = {os.getsid(p.pid) for p in workers}
+    assert os.getsid(launcher.pid) not in sessions # no signal to the launcher reaches them
+    launcher.kill(); launcher.wait()
+    assert all(p.is_running() for p in workers)
+    run.wait(timeout=120)
+    assert steps(run) == list(range(1, 31)) and (run.final/'adapter_model.safetensors').is_file()
+    said = [line.split() for line in run.log(1000).splitlines() if line.startswith('rank ')]
+    assert len(said) == 2 and all(line[-3:] == ['ZeRO', 'stage', '2'] for line in said)
+    assert {int(line[5].rstrip(',')) for line in said} == {p.pid for p in workers}
+
+def test_stopped_and_resumed(cfg):
+    run = launch(replace(cfg, max_steps=200, save_steps=2))
+    until(lambda: newest_checkpoint(run.folder))
+    processes = psutil.Process(run.status()['pid']).children(recursive=True)
+    run.stop()
+    assert run.status()['state'] == 'stopped' and not any(p.is_running() for p in processes)
+    reached = int(newest_checkpoint(run.folder).name.split('-')[1])
+    config = json.loads((run.folder/'config.json').read_text())
+    (run.folder/'config.json').write_text(json.dumps(config | dict(max_steps=reached+2))) # so that the rest is short
+    run.resume().wait(timeout=120)
+    assert steps(run) == list(range(1, reached+3)) # nothing twice, nothing missing
+    with pytest.raises(ValueError, match='is done: there is nothing to resume'): run.resume()
+
+def test_a_killed_rank_fails_the_run_and_is_named(cfg):
+    run = launch(replace(cfg, max_steps=500, save_steps=1000))
+    until(lambda: steps(run))
+    victim = [p for p in psutil.Process(run.status()['pid']).children() if 'minicpmv_nb.training' in ' '.join(p.cmdline())][1]
+    victim.send_signal(signal.SIGKILL)
+    with pytest.raises(RunFailed, match=rf'Rank 1 \(process {victim.pid}\) was ended by SIGKILL.*memory(.|\n)*Last lines of'): run.wait(timeout=90)
+    assert run.status()['state'] == 'failed'
+    with pytest.raises(ValueError, match='has no checkpoint yet'): run.resume()
+
+def test_a_rank_that_raises_says_why(cfg, data_copy):
+    run = launch(replace(cfg, data_path=str(data_copy), max_steps=500, save_steps=1000))
+    for picture in data_copy.parent.glob('*.png'): picture.write_bytes(b'gone bad') # after the check, as a disk would do it
+    with pytest.raises(RunFailed, match='is not a readable picture|cannot be read'): run.wait(timeout=90)
+
+def test_the_script_runs_by_hand(cfg, tmp_path):
+    run = launch(replace(cfg, deepspeed=None, max_steps=1))
+    run.wait(timeout=120)
+    (run.folder/'status.json').unlink()
+    other = subprocess.run(['bash', str(run.folder/'run.sh')], cwd='/', capture_output=True, text=True, timeout=120)
+    assert other.returncode == 0, other.stdout[-2000:] + other.stderr[-2000:]
+    assert run.status()['state'] == 'done'
+
+
+def test_too_many_gpus_is_an_error(cfg):
+    with pytest.raises(ValueError, match='64 GPUs are asked for and this machine has'): launch(replace(cfg, use_cpu=False), gpus=64)
+
+def test_a_taken_port_is_an_error(cfg):
+    with socket.socket() as s:
+        s.bind(('', 0)); s.listen()
+        with pytest.raises(ValueError, match='is taken'): launch(replace(cfg, master_port=s.getsockname()[1]))
+    assert not Path(cfg.output_dir).exists() # nothing is left behind
+
+def test_a_missing_model_is_an_error(cfg):
+    with pytest.raises(FileNotFoundError, match='There is no folder /no/such/model'): launch(replace(cfg, model_name_or_path='/no/such/model'))
+
+def test_bad_data_is_an_error_before_anything_starts(cfg, data_copy):
+    entries = json.loads(data_copy.read_text()); entries[1]['image'] = 'gone.png'; data_copy.write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match='gone.png does not exist'): launch(replace(cfg, data_path=str(data_copy)))
+
+def test_a_wrong_llm_type_is_an_error(cfg):
+    with pytest.raises(ValueError, match="llm_type is 'qwen'"): launch(replace(cfg, llm_type='qwen'))
+
+def test_a_run_folder_is_never_reused(cfg):
+    folder = Path(cfg.output_dir); folder.mkdir(); (folder/'config.json').write_text('{}')
+    with pytest.raises(FileExistsError, match='holds a run already'): launch(cfg)
+
+def test_the_folder_says_how_to_repeat_the_run(cfg):
+    run = launch(replace(cfg, deepspeed=None, max_steps=1)).wait(timeout=120)
+    kept = json.loads((run.folder/'config.json').read_text())
+    assert kept['versions']['torch'] and len(kept['data_sha256']['data_path']) == 64
+    report = json.loads((run.folder/'data_report.json').read_text())
+    assert list(report.values())[0]['problems'] == []

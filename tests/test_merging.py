@@ -1,0 +1,104 @@
+"Adapters become checkpoints: the numbers of the original code, all files, little memory."
+import json, shutil, subprocess, sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minicpmv_nb.config import lora
+from minicpmv_nb.merging import merge
+from minicpmv_nb.model import load, save, weight_files
+from minicpmv_nb.tuning import add_adapter, tune
+from parity import batch_of, gap
+
+HERE = Path(__file__).parent
+
+
+def adapter_of(base, out, **changes):
+    "A random adapter."
+    torch.manual_seed(1)
+    tuned = tune(load(base), lora(str(base), 'train.json', lora_r=4, **changes))
+    with torch.no_grad(): [p.add_(torch.randn_like(p)*.05) for p in tuned.parameters() if p.requires_grad]
+    tuned.save_pretrained(out, save_embedding_layers=False)
+    return out
+
+
+def test_merged_golden_adapter_has_the_numbers_of_the_original(golden, tmp_path):
+    folder, inputs = HERE/'goldens'/'adapter_2.5', dict(np.load(HERE/'goldens'/'2.5'/'inputs.npz'))
+    expected, norms = dict(np.load(folder/'expected.npz')), json.loads((folder/'merged_norms.json').read_text())
+    base = tmp_path/'float32' # the original merged in float32
+    shutil.copytree(golden, base)
+    save_file({n: t.float() for n, t in load_file(golden/'model.safetensors').items()}, base/'model.safetensors')
+    merged = load(merge(base, folder, tmp_path/'merged'))
+    state = merged.state_dict()
+    assert state.keys() == norms.keys()
+    assert all(abs(float(t.double().norm()) - norms[n]) <= 1e-5*norms[n] for n, t in state.items())
+    for key in (k for k in expected if k.startswith('merged/')): assert gap(state[key.removeprefix('merged/')], expected[key]) < 1e-5
+    for case in ('single0', 'single1'):
+        with torch.no_grad(): logits = merged(**batch_of(inputs, case))['logits']
+        assert gap(logits, expected[f'{case}/merged_logits']) < 1e-4
+
+def test_every_file_of_the_base_is_there(tiny, tmp_path):
+    base = save(load(tiny).state_dict(), tiny, tmp_path/'base', max_shard='1MB')
+    (base/'modeling_minicpmv.py').write_text('raise SystemExit("never run")'); (base/'assets').mkdir(); (base/'assets'/'a.txt').write_text('x'); (base/'README.md').write_text('# base')
+    merged = merge(base, adapter_of(tiny, tmp_path/'adapter'), tmp_path/'merged')
+    names = lambda f: sorted(str(p.relative_to(f)) for p in f.rglob('*'))
+    assert names(merged) == names(base) and len(list(merged.glob('*.safetensors'))) > 1
+    assert (merged/'modeling_minicpmv.py').read_text() == (base/'modeling_minicpmv.py').read_text()
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_rounded_once_to_the_type_of_the_base(tiny, tmp_path, dtype):
+    base = save({n: t.to(dtype) for n, t in load(tiny).state_dict().items()}, tiny, tmp_path/'base')
+    adapter = adapter_of(tiny, tmp_path/'adapter')
+    merged = load_file(merge(base, adapter, tmp_path/'merged')/'model.safetensors')
+    exact = add_adapter(load(base), adapter).merge_and_unload().state_dict() # in float32
+    assert all(t.dtype == dtype and torch.equal(t, exact[n].to(dtype)) for n, t in merged.items())
+
+def test_merged_again_can_be_tuned_again(tiny, tmp_path):
+    merged = merge(tiny, adapter_of(tiny, tmp_path/'adapter'), tmp_path/'merged')
+    again = merge(merged, adapter_of(merged, tmp_path/'second'), tmp_path/'again')
+    assert weight_files(again).keys() == weight_files(tiny).keys()
+
+@pytest.mark.parametrize('setting', [dict(use_dora=True), dict(bias='all'), dict(rank_pattern={'q_proj': 2})])
+def test_what_is_not_plain_lora_is_refused(tiny, tmp_path, setting):
+    adapter = adapter_of(tiny, tmp_path/'adapter')
+    config = json.loads((adapter/'adapter_config.json').read_text()) | setting
+    (adapter/'adapter_config.json').write_text(json.dumps(config))
+    with pytest.raises(ValueError, match='not plain LoRA'): merge(tiny, adapter, tmp_path/'merged')
+
+def test_a_result_that_differs_is_not_put_in_place(tiny, tmp_path, monkeypatch):
+    from minicpmv_nb import merging
+    adapter = adapter_of(tiny, tmp_path/'adapter')
+    read = merging.read_adapter
+    monkeypatch.setattr(merging, 'read_adapter', lambda folder: replace(read(folder), scale=2*read(folder).scale)) # a wrong formula
+    with pytest.raises(ValueError, match='not confirmed(.|\n)*differ by'): merge(tiny, adapter, tmp_path/'merged')
+    assert not (tmp_path/'merged').exists()
+
+MEASURE = '''
+import resource, sys
+from minicpmv_nb.merging import merge
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+merge(*sys.argv[1:4], check=False)
+print((peak() - before)*1024)
+'''
+
+def test_memory_does_not_grow_with_the_model(tiny, tmp_path):
+    base = tmp_path/'base'
+    big = {f'layer{i}.weight': torch.zeros(8192, 4096, dtype=torch.bfloat16) for i in range(16)} # 1 GB, 64 MB each
+    shutil.copytree(tiny, base, ignore=shutil.ignore_patterns('*.safetensors'))
+    names = [f'model-{i+1:05}-of-00004.safetensors' for i in range(4)]
+    for i, name in enumerate(names): save_file({n: big[n] for n in list(big)[4*i:4*i+4]}, base/name)
+    (base/'model.safetensors.index.json').write_text(json.dumps(dict(weight_map={n: names[i//4] for i, n in enumerate(big)})))
+    adapter = tmp_path/'adapter'; adapter.mkdir()
+    (adapter/'adapter_config.json').write_text(json.dumps(dict(r=4, lora_alpha=8)))
+    pairs = {f'base_model.model.layer{i}.lora_{k}.weight': torch.ones(shape) for i in range(0, 16, 2) for k, shape in (('A', (4, 4096)), ('B', (8192, 4)))}
+    save_file(pairs | {'base_model.model.layer1.weight': torch.ones(8192, 4096)}, adapter/'adapter_model.safetensors')
+    done = subprocess.run([sys.executable, '-c', MEASURE, str(base), str(adapter), str(tmp_path/'merged')], capture_output=True, text=True, check=True)
+    grown, largest = float(done.stdout.splitlines()[-1]), 8192*4096*2
+    assert grown <= 2*largest + 200e6, f'{grown/1e6:.0f} MB'
+    merged = load_file(tmp_path/'merged'/names[0])
+    assert merged['layer0.weight'].unique().item() == 8 and merged['layer1.weight'].unique().item() == 1 and merged['layer3.weight'].any().item() is False

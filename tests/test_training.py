@@ -1,0 +1,393 @@
+"What a run promises: it stops at nonsense, evaluates the same on any machine, resumes as if nothing had happened, and saves what the official code reads."
+import json, math, shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from support import GOLDENS, TESTS, draw_data, flags, run_ranks
+from minicpmv_nb import training
+from minicpmv_nb.batches import SampleDataset, collate, load_data
+from minicpmv_nb.config import Config
+from minicpmv_nb.model import load
+from minicpmv_nb.prompts import Processor
+from minicpmv_nb.training import FineTuner, fit_precision, make_trainer, newest_checkpoint, read_metrics, save_final, train
+
+SPEED = dict(dataloader_num_workers=0, use_cpu=True)
+LORA, FULL = dict(use_lora=True, lora_r=8, lora_alpha=16), dict(tune_llm=True, tune_vision=True)
+
+
+@pytest.fixture
+def cfg(tiny, drawn, tmp_path):
+    "A LoRA run of 4 steps on the CPU."
+    return Config(str(tiny), str(drawn), output_dir=str(tmp_path/'run'), max_steps=4, learning_rate=1e-3, save_steps=2, **LORA, **SPEED)
+
+@pytest.fixture(scope='session')
+def eval_file(tmp_path_factory): return draw_data(tmp_path_factory.mktemp('eval'), 7, 'eval.json')
+
+@pytest.fixture(scope='session')
+def finished(tiny, drawn, tmp_path_factory):
+    "Folder of a run that nothing disturbed, by what it trained."
+    made = {}
+    def run(kind):
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp('finished')
+            how = dict(LORA=LORA | dict(tune_vision=True), FULL=FULL)[kind]
+            train(Config(str(tiny), str(drawn), output_dir=str(made[kind]), max_steps=4, learning_rate=1e-3, save_steps=2, warmup_steps=2, **how, **SPEED))
+        return made[kind]
+    return run
+
+def status(folder): return json.loads((folder/'status.json').read_text())
+
+def steps(folder): return [m for m in read_metrics(folder) if 'loss' in m]
+
+def one_batch(folder, file, size=2):
+    processor = Processor.from_folder(folder)
+    data = SampleDataset(load_data(file, processor)[0], processor)
+    batch = collate([data[i] for i in range(size)])
+    return {k: v for k, v in batch.items() if k not in ('labels', 'ids')}, batch['labels']
+
+
+# --- nonsense stops the run ------------------------------------------------------------------------------------------
+
+def test_nan_names_step_and_sample(cfg, monkeypatch):
+    straight = FineTuner.compute_loss
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        seen.append(inputs['ids'])
+        return straight(self, model, inputs, *args, **kwargs)*(float('nan') if len(seen) == 3 else 1)
+    seen = []
+    monkeypatch.setattr(FineTuner, 'compute_loss', compute_loss)
+    with pytest.raises(FloatingPointError) as e: train(replace(cfg, per_device_train_batch_size=2))
+    assert str(e.value).startswith(f'The loss is nan at step 3, samples {", ".join(seen[2])}. ') and 'Try a smaller learning_rate; the last checkpoint is good.' in str(e.value)
+    assert len(seen) == 3 and len(seen[2]) == 2
+
+def test_nan_in_an_accumulated_step(cfg, monkeypatch):
+    straight = FineTuner.compute_loss
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        seen.extend(inputs['ids'])
+        return straight(self, model, inputs, *args, **kwargs)*(float('inf') if len(seen) == 6 else 1)
+    seen = []
+    monkeypatch.setattr(FineTuner, 'compute_loss', compute_loss)
+    with pytest.raises(FloatingPointError, match=r'The loss is inf at step 2, samples s\d+\. ') as e: train(replace(cfg, gradient_accumulation_steps=4))
+    assert f'samples {seen[5]}. ' in str(e.value)
+
+def test_broken_weight_stops_the_first_step(cfg, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path/'broken')
+    weights = load_file(tiny/'model.safetensors')
+    weights['llm.lm_head.weight'][7] = float('inf')
+    save_file(weights, tmp_path/'broken'/'model.safetensors')
+    with pytest.raises(FloatingPointError, match=r'The loss is (nan|inf) at step 1, samples s\d+\.'): train(replace(cfg, model_name_or_path=str(tmp_path/'broken')))
+    assert not newest_checkpoint(cfg.output_dir)
+
+def test_gradient_that_is_not_a_number(cfg, monkeypatch):
+    # The loss can be finite when a gradient is not.
+    straight = FineTuner.training_step
+    def training_step(self, model, *args):
+        loss = straight(self, model, *args)
+        next(p for p in self.model.parameters() if p.grad is not None).grad.fill_(float('nan'))
+        return loss
+    monkeypatch.setattr(FineTuner, 'training_step', training_step)
+    with pytest.raises(FloatingPointError, match='The gradient norm is nan at step 1'): train(cfg)
+
+def test_failure_is_written_down(cfg, tmp_path):
+    argv = flags(model_name_or_path=cfg.model_name_or_path, data_path=tmp_path/'none.json', output_dir=cfg.output_dir, use_cpu='true')
+    with pytest.raises(FileNotFoundError): training.main(argv)
+    assert status(tmp_path/'run')['state'] == 'failed'
+    assert status(tmp_path/'run')['error'] == f'rank 0: FileNotFoundError: There is no data file {tmp_path/"none.json"}.'
+
+def test_nan_on_one_of_two_ranks_ends_the_job(tiny, drawn, tmp_path):
+    # Only one rank meets the sample; the other must not wait for it for ever, and the status names the cause, not its consequence.
+    argv = flags(model_name_or_path=tiny, data_path=drawn, output_dir=tmp_path, use_cpu='true', use_lora='true', num_train_epochs=1, save_strategy='no', dataloader_num_workers=0)
+    done = run_ranks(argv, 2, (str(TESTS/'nan_loss.py'),), check=False)
+    assert done.returncode != 0
+    assert status(tmp_path)['state'] == 'failed' and 'FloatingPointError: The loss is nan at step' in status(tmp_path)['error'] and 'samples s5.' in status(tmp_path)['error']
+    assert not (tmp_path/'final').exists()
+
+def test_target_without_a_gradient_is_named(cfg, monkeypatch):
+    loaded = training.load
+    def with_spare(*args):
+        model = loaded(*args)
+        model.llm.spare = torch.nn.Linear(4, 4)  # no forward pass comes here
+        return model
+    monkeypatch.setattr(training, 'load', with_spare)
+    with pytest.raises(RuntimeError) as e: train(replace(cfg, lora_target_modules=cfg.lora_target_modules + r'|llm\.spare'))
+    assert str(e.value).startswith('2 trainable parameters got no gradient in the first step: llm.spare.lora_A.default.weight, llm.spare.lora_B.default.weight. ')
+    assert 'leave their modules out of lora_target_modules' in str(e.value)
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='session')
+def direct_loss(tiny, eval_file):
+    "The mean over all taught tokens of the evaluation file, from the logits of one sample at a time."
+    model, processor = load(tiny), Processor.from_folder(tiny)
+    data, total, count = SampleDataset(load_data(eval_file, processor)[0], processor), 0.0, 0
+    for i in range(len(data)):
+        batch = collate([data[i]])
+        with torch.no_grad(): logits = model(**{k: v for k, v in batch.items() if k not in ('labels', 'ids')})['logits'][0].double()
+        at = [t for t, label in enumerate(batch['labels'][0].tolist()) if label != -100]
+        total -= sum(float(logits[t-1].log_softmax(0)[batch['labels'][0, t]]) for t in at)
+        count += len(at)
+    return total/count
+
+@pytest.fixture
+def evaluating(cfg, eval_file): return replace(cfg, eval_data_path=str(eval_file), do_eval=True)
+
+@pytest.mark.parametrize('size', [1, 2, 5, 16])
+def test_evaluation_loss_does_not_depend_on_the_batch(evaluating, direct_loss, size):
+    assert make_trainer(replace(evaluating, per_device_eval_batch_size=size)).evaluate()['eval_loss'] == pytest.approx(direct_loss, abs=2e-6)
+
+def test_answers_of_the_evaluation_file_are_unequal(eval_file, tiny):
+    # Otherwise a mean of means would pass for the mean over all tokens.
+    processor = Processor.from_folder(tiny)
+    data = SampleDataset(load_data(eval_file, processor)[0], processor)
+    taught = [sum(label != -100 for label in e.labels) for e in data.encoded]
+    assert max(taught) > 2*min(taught)
+
+def test_evaluation_loss_does_not_depend_on_the_ranks(evaluating, direct_loss, tmp_path):
+    # 7 samples on 2 ranks with batches of 2: the last batch is filled up with samples that must not count twice.
+    still = flags(model_name_or_path=evaluating.model_name_or_path, data_path=evaluating.data_path, eval_data_path=evaluating.eval_data_path, output_dir=tmp_path/'two',
+        do_eval='true', eval_steps=1, max_steps=2, per_device_eval_batch_size=2, learning_rate=1e-12, use_lora='true', use_cpu='true', dataloader_num_workers=0, save_strategy='no')
+    run_ranks(still, 2)
+    found = [m['eval_loss'] for m in read_metrics(tmp_path/'two') if 'eval_loss' in m]
+    assert found == pytest.approx([direct_loss]*2, abs=1e-5)
+
+def test_evaluation_keeps_no_logits(evaluating):
+    trainer = make_trainer(evaluating)
+    widths = []
+    trainer.model.base_model.model.llm.lm_head.register_forward_hook(lambda m, i, out: widths.append(out.shape))
+    out = trainer.evaluation_loop(trainer.get_eval_dataloader(), 'evaluation', prediction_loss_only=False)
+    assert out.predictions is None and out.label_ids is None
+    labels = [e.labels for e in trainer.eval_dataset.encoded]
+    assert [w[0] for w in widths] == [sum(x != -100 for x in row) for row in labels]  # not even computed where nothing is taught
+
+def test_evaluation_is_logged(evaluating, tmp_path):
+    train(replace(evaluating, eval_steps=2))
+    assert [m['step'] for m in read_metrics(tmp_path/'run') if 'eval_loss' in m] == [2, 4]
+
+def test_evaluation_changes_nothing(cfg, evaluating, tmp_path):
+    # But for the random numbers of dropout: each data loader that starts draws one.
+    train(replace(cfg, lora_dropout=0.0))
+    train(replace(evaluating, lora_dropout=0.0, eval_steps=1, output_dir=str(tmp_path/'evaluating')))
+    assert [m['loss'] for m in steps(tmp_path/'evaluating')] == [m['loss'] for m in steps(tmp_path/'run')]
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+STATE = {'optimizer.pt', 'scheduler.pt', 'rng_state.pth', 'trainer_state.json'}
+WEIGHTS = dict(LORA={'adapter_config.json', 'adapter_model.safetensors'}, FULL={'model.safetensors', 'config.json', 'preprocessor_config.json', 'tokenizer.json', 'tokenizer_config.json'})
+
+@pytest.mark.parametrize('kind', ['LORA', 'FULL'])
+def test_checkpoint_is_complete(finished, kind):
+    folder = finished(kind)
+    assert sorted(p.name for p in folder.glob('*checkpoint*')) == ['checkpoint-2', 'checkpoint-4']
+    for n in (2, 4): assert STATE | WEIGHTS[kind] <= {p.name for p in (folder/f'checkpoint-{n}').iterdir()}
+    assert WEIGHTS[kind] <= {p.name for p in (folder/'final').iterdir()} and not STATE & {p.name for p in (folder/'final').iterdir()}
+    assert not list(folder.glob('.saving*')) and not list(folder.glob('.final*')) and not list(folder.rglob('*.part'))
+    assert status(folder)['state'] == 'done'
+
+def dies_while_renaming(monkeypatch):
+    real = training.os.replace
+    def replace_(source, target):
+        if '.saving' in str(source): raise KeyboardInterrupt
+        return real(source, target)
+    monkeypatch.setattr(training.os, 'replace', replace_)
+
+def dies_after_the_weights(monkeypatch):
+    def interrupted(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(FineTuner, '_save_optimizer_and_scheduler', interrupted)
+
+def dies_within_the_weights(monkeypatch):
+    real = training._save_adapter
+    def half(model, state, out):
+        real(model, state, out)
+        (out/'adapter_model.safetensors').write_bytes((out/'adapter_model.safetensors').read_bytes()[:1000])
+        raise KeyboardInterrupt
+    monkeypatch.setattr(training, '_save_adapter', half)
+
+@pytest.mark.parametrize('dies', [dies_while_renaming, dies_after_the_weights, dies_within_the_weights])
+def test_run_that_dies_while_saving_leaves_no_checkpoint(cfg, tmp_path, dies):
+    with pytest.MonkeyPatch.context() as m:
+        dies(m)
+        with pytest.raises(KeyboardInterrupt): train(cfg)
+    assert not list((tmp_path/'run').glob('checkpoint-*')) and newest_checkpoint(tmp_path/'run') is None
+    train(replace(cfg, resume_from_checkpoint='auto'))  # begins again, and clears up
+    assert newest_checkpoint(tmp_path/'run').name == 'checkpoint-4' and not (tmp_path/'run'/'.saving').exists()
+    assert [m['step'] for m in steps(tmp_path/'run')] == [1, 2, 3, 4]
+
+def test_weights_that_come_back_different_are_noticed(cfg, monkeypatch):
+    from peft import PeftModel
+    saved = PeftModel.save_pretrained
+    def spoil(self, out, **kwargs):
+        saved(self, out, **kwargs)
+        state = load_file(f'{out}/adapter_model.safetensors')
+        next(iter(state.values()))[0] += 1
+        save_file(state, f'{out}/adapter_model.safetensors')
+    monkeypatch.setattr(PeftModel, 'save_pretrained', spoil)
+    with pytest.raises(OSError, match='does not hold what was written: base_model.*Check the disk'): train(cfg)
+    assert newest_checkpoint(cfg.output_dir) is None
+
+def test_old_checkpoints_are_deleted(cfg, tmp_path):
+    train(replace(cfg, max_steps=5, save_steps=1, save_total_limit=2))
+    assert sorted(p.name for p in (tmp_path/'run').glob('checkpoint-*')) == ['checkpoint-4', 'checkpoint-5']
+
+def test_newest_checkpoint_is_the_highest_number(tmp_path):
+    for name in ('checkpoint-9', 'checkpoint-10', 'checkpoint-x', '.saving/checkpoint-11'): (tmp_path/name).mkdir(parents=True)
+    assert newest_checkpoint(tmp_path).name == 'checkpoint-10' and newest_checkpoint(tmp_path/'none') is None
+
+
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+def same_numbers(ours, theirs):
+    "Losses, gradient norms and rates are equal, step by step."
+    pick = lambda rows: [(m['step'], m['loss'], m['grad_norm'], m['learning_rate']) for m in rows]
+    return pick(ours) == pick(theirs)
+
+def interrupted_copy(folder, to):
+    "The run folder as it was when the run died soon after checkpoint-2."
+    shutil.copytree(folder, to, ignore=shutil.ignore_patterns('checkpoint-4', 'final'))
+    (to/'status.json').write_text(json.dumps(dict(state='failed')))
+    return to
+
+@pytest.mark.parametrize('kind', ['LORA', 'FULL'])
+def test_resumed_run_goes_on_as_if_nothing_had_happened(finished, kind, tmp_path):
+    # Dropout is on, so the state of the random numbers must have come back too.
+    whole, again = finished(kind), interrupted_copy(finished(kind), tmp_path/'again')
+    cfg = training.load_config(whole/'config.json')
+    train(replace(cfg, output_dir=str(again), resume_from_checkpoint='auto'))
+    assert same_numbers(steps(again), steps(whole))  # also: no step twice, none missing
+    for file in whole.glob('final/*.safetensors'):
+        ours, theirs = load_file(again/'final'/file.name), load_file(file)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in theirs)
+    assert status(again)['state'] == 'done'
+
+def test_random_numbers_matter_here(finished, tmp_path):
+    # The test above would also pass without restoring them, if nothing depended on them.
+    again = interrupted_copy(finished('LORA'), tmp_path/'again')
+    torch.save(torch.load(again/'checkpoint-2'/'rng_state.pth', weights_only=False) | dict(cpu=torch.Generator().manual_seed(5).get_state()), again/'checkpoint-2'/'rng_state.pth')
+    train(replace(training.load_config(again/'config.json'), output_dir=str(again), resume_from_checkpoint='auto'))
+    assert not same_numbers(steps(again)[2:], steps(finished('LORA'))[2:])
+
+@pytest.mark.slow
+@pytest.mark.parametrize('how', ['LORA', 'FULL'])
+@pytest.mark.parametrize('stage', [2, 3])
+def test_resumed_run_under_deepspeed(tiny, drawn, tmp_path, stage, how):
+    more = dict(use_lora='true') if how == 'LORA' else dict(tune_llm='true')
+    argv = lambda out, **also: flags(model_name_or_path=tiny, data_path=drawn, output_dir=out, max_steps=4, save_steps=2, learning_rate=1e-3, tune_vision='true', lora_dropout=0,
+        use_cpu='true', dataloader_num_workers=0, deepspeed=f'ds_config_zero{stage}.json', **more, **also)
+    run_ranks(argv(tmp_path/'whole'), 2)
+    again = interrupted_copy(tmp_path/'whole', tmp_path/'again')
+    run_ranks(argv(again, resume_from_checkpoint='auto'), 2)
+    for a, b in zip(steps(again), steps(tmp_path/'whole'), strict=True): assert (a['step'], a['learning_rate']) == (b['step'], b['learning_rate']) and a['loss'] == pytest.approx(b['loss'], rel=1e-5)
+
+
+# --- what is logged --------------------------------------------------------------------------------------------------
+
+def test_every_step_is_logged(finished):
+    rows = steps(finished('LORA'))
+    assert [m['step'] for m in rows] == [1, 2, 3, 4]
+    for m in rows:
+        assert {'loss', 'grad_norm', 'learning_rate', 'learning_rates', 'tokens_per_second', 'samples_per_second', 'memory_gb', 'epoch', 'time'} <= m.keys()
+        assert min(m['grad_norm'], m['tokens_per_second'], m['samples_per_second'], m['memory_gb']) > 0
+
+def cosine(step, rate, warmup, total):
+    "The rate with which a step is made, counted from 1: up in a straight line, then half a cosine down."
+    done = step - 1
+    if done < warmup: return rate*done/warmup
+    return rate*0.5*(1 + math.cos(math.pi*(done-warmup)/(total-warmup)))
+
+def rates_follow(rows, rate, warmup):
+    want = [cosine(m['step'], rate, warmup, len(rows)) for m in rows]
+    assert [m['learning_rate'] for m in rows] == pytest.approx(want, rel=1e-5, abs=1e-20)
+    for m, w in zip(rows, want): assert m['learning_rates'] == pytest.approx([w]*len(m['learning_rates']), rel=1e-5, abs=1e-20)
+
+def test_cosine_schedule(finished): rates_follow(steps(finished('FULL')), 1e-3, 2)
+
+def test_warmup_over_the_whole_run(cfg, tmp_path):
+    # A share of 1 is all steps, not one step.
+    train(replace(cfg, warmup_ratio=1.0, save_strategy='no'))
+    assert [m['learning_rate'] for m in steps(tmp_path/'run')] == pytest.approx([0, .25e-3, .5e-3, .75e-3])
+
+def test_schedule_and_evaluation_under_zero_2(tiny, drawn, eval_file, direct_loss, tmp_path):
+    # A scheduler in DeepSpeed's JSON would replace the one asked for without a word; ours has none.
+    argv = flags(model_name_or_path=tiny, data_path=drawn, eval_data_path=eval_file, do_eval='true', eval_steps=6, per_device_eval_batch_size=2, output_dir=tmp_path, max_steps=6,
+        learning_rate=1e-9, lr_scheduler_type='cosine', warmup_steps=2, use_cpu='true', use_lora='true', dataloader_num_workers=0, save_strategy='no', deepspeed='ds_config_zero2.json')
+    run_ranks(argv, 2)
+    rates_follow(steps(tmp_path), 1e-9, 2)
+    assert [m['eval_loss'] for m in read_metrics(tmp_path) if 'eval_loss' in m] == pytest.approx([direct_loss], abs=1e-5)
+
+@pytest.mark.slow
+def test_evaluation_under_zero_3(tiny, drawn, eval_file, direct_loss, tmp_path):
+    argv = flags(model_name_or_path=tiny, data_path=drawn, eval_data_path=eval_file, do_eval='true', eval_steps=1, per_device_eval_batch_size=2, output_dir=tmp_path, max_steps=1,
+        learning_rate=1e-9, use_cpu='true', use_lora='true', dataloader_num_workers=0, save_strategy='no', deepspeed='ds_config_zero3.json')
+    run_ranks(argv, 2)
+    assert [m['eval_loss'] for m in read_metrics(tmp_path) if 'eval_loss' in m] == pytest.approx([direct_loss], abs=1e-5)
+
+
+# --- what is saved ---------------------------------------------------------------------------------------------------
+
+def test_adapter_has_the_official_names(golden, drawn, tmp_path):
+    # Against an adapter that the original code wrote with PEFT 0.11.
+    cfg = Config(str(golden), str(drawn), output_dir=str(tmp_path), tune_vision=True, tune_embeddings=True, **LORA, **SPEED)
+    save_final(make_trainer(cfg))
+    shapes = lambda folder: {n: t.shape for n, t in load_file(folder/'adapter_model.safetensors').items()}
+    ours, official = shapes(tmp_path/'final'), shapes(GOLDENS/'adapter_2.5')
+    assert ours == official and any('.vpm.' in n for n in ours) and any('.resampler.' in n for n in ours)
+    read = lambda folder: json.loads((folder/'adapter_config.json').read_text())
+    for key in ('r', 'lora_alpha', 'target_modules', 'peft_type', 'bias', 'use_dora', 'use_rslora'): assert read(tmp_path/'final')[key] == read(GOLDENS/'adapter_2.5')[key]
+    assert set(read(tmp_path/'final')['modules_to_save']) == set(read(GOLDENS/'adapter_2.5')['modules_to_save'])
+
+def test_adapter_in_plain_peft_gives_the_logits_of_training(cfg, tiny, drawn):
+    from peft import PeftModel
+    trainer = make_trainer(replace(cfg, tune_vision=True, learning_rate=1e-2, save_strategy='no'))
+    trainer.train()
+    batch, _ = one_batch(tiny, drawn)
+    trained = trainer.model.eval()
+    read = PeftModel.from_pretrained(load(tiny), save_final(trainer)).eval()
+    with torch.no_grad(): theirs, ours, untrained = (m(**batch)['logits'] for m in (trained, read, load(tiny)))
+    assert torch.equal(ours, theirs) and (ours - untrained).abs().max() > 0.1
+
+def test_full_training_gives_a_checkpoint_in_official_layout(finished, tiny, drawn):
+    final, batch = finished('FULL')/'final', one_batch(tiny, drawn)[0]
+    assert load_file(final/'model.safetensors').keys() == load_file(tiny/'model.safetensors').keys()
+    with torch.no_grad(): trained, untrained = (load(f)(**batch)['logits'] for f in (final, tiny))
+    assert (trained - untrained).abs().max() > 1e-3
+
+def test_frozen_parts_stay_as_they_were(cfg, tiny, tmp_path):
+    train(replace(cfg, use_lora=False, tune_resampler=True, save_strategy='no'))
+    before, after = load_file(tiny/'model.safetensors'), load_file(tmp_path/'run'/'final'/'model.safetensors')
+    moved = {n.split('.')[0] for n in before if not torch.equal(before[n], after[n])}
+    assert moved == {'resampler'}
+
+def test_run_folder_says_how_to_repeat_the_run(finished, tiny, drawn):
+    facts = json.loads((finished('LORA')/'config.json').read_text())
+    assert facts['versions']['torch'] == torch.__version__ and len(facts['data_sha256']['data_path']) == 64
+    again = training.load_config(finished('LORA')/'config.json')
+    assert (again.model_name_or_path, again.data_path, again.max_steps) == (str(tiny), str(drawn), 4)
+
+def test_commit_of_a_hub_model_is_recorded(cfg, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, 'resolve', lambda name, revision: (tiny, '0123abc'))
+    train(replace(cfg, model_name_or_path='owner/model', max_steps=1, save_strategy='no'))
+    assert json.loads((tmp_path/'run'/'config.json').read_text())['model_commit'] == '0123abc'
+
+
+# --- precision -------------------------------------------------------------------------------------------------------
+
+def test_fp16_without_a_gpu_is_float32(cfg, capsys):
+    trainer = make_trainer(replace(cfg, fp16=True))
+    assert capsys.readouterr().out.splitlines().count('fp16 needs a GPU: training in float32.') == 1
+    assert not trainer.args.fp16 and {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+def test_fp16_with_a_gpu_stays(cfg):
+    half = replace(cfg, fp16=True)
+    assert fit_precision(half, gpu=True) == (half, [])
+
+def test_bf16_on_a_gpu_without_it(cfg):
+    with pytest.raises(ValueError, match='This GPU has no bfloat16: set fp16=True, bf16=False.'): fit_precision(replace(cfg, bf16=True), gpu=True, gpu_bf16=False)
+
+def test_bf16_keeps_what_trains_in_float32(cfg):
+    trainer = make_trainer(replace(cfg, bf16=True))
+    kinds = {p.requires_grad: p.dtype for p in trainer.model.parameters()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
+    assert math.isfinite(trainer.train().training_loss)
