@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'SHAPES', 'ASK_SHAPE', 'ASK_COLOUR', 'ASK_SENTENCE', 'BASE', 'LORA', 'COMMON', 'draw_shape', 'words',
-           'sentence', 'write_set', 'data_files', 'prepare', 'machine', 'demo', 'main']
+           'sentence', 'write_set', 'data_files', 'count_repeated', 'prepare', 'machine', 'demo', 'main']
 
 # %% ../nbs/16_demo.ipynb #f259165f
 import argparse, hashlib, json, random, shutil, subprocess, sys, time
@@ -87,6 +87,18 @@ def data_files(
     return {name: write_set(folder, name, count, talk, rng, seen) for name, count, talk in
         (('base', 2000, words), ('base_eval', 60, words), ('lora', 600, sentence), ('lora_eval', 40, sentence), ('held_out', 200, sentence))}
 
+def count_repeated(
+    held_out:Path, # A file in the guide's format
+    others:list[Path], # Files it must not share a picture with
+)->int: # Held-out pictures whose pixels occur in the others
+    "Compare the pictures on disk, pixel by pixel."
+    from PIL import Image
+    def pixels(file):
+        opened = [Image.open(file.parent/e['image']) for e in json.loads(file.read_text(encoding='utf-8'))]
+        return [(im.size, im.tobytes()) for im in opened]
+    known = {p for file in others for p in pixels(file)}
+    return sum(p in known for p in pixels(held_out))
+
 def _stage(number:int, text:str)->None: print(f'\n[{number}/6] {text}', flush=True)
 
 def _examine(folder:Path, data:Path, out:Path, *flags:str)->list[dict]: # Answers of a checkpoint, loaded in a fresh process
@@ -109,6 +121,7 @@ def prepare(
     for path in files.values():
         samples, report = load_data(path, Processor.from_folder(random_base))
         print(f'{report}; longest sample {report.tokens["longest"]} tokens')
+    print(f'held-out pictures that equal a training picture: {count_repeated(files["held_out"], [files["base"], files["lora"]])}')
     return files, random_base
 
 def machine()->dict: # Fields of `Config` for this machine
@@ -126,7 +139,7 @@ def demo(
     "Run the whole path. Raises `RuntimeError` when the model did not learn what it should have."
     from minicpmv_nb.jobs import launch
     from minicpmv_nb.merging import merge
-    start, out = time.time(), Path(out).absolute()
+    start, out = time.time(), Path(out)
     shutil.rmtree(out, ignore_errors=True); out.mkdir(parents=True)
     _stage(1, 'drawing pictures, building a tiny checkpoint with random weights, checking the data')
     files, random_base = prepare(out, family, seed)

@@ -194,8 +194,9 @@ def _check_data(cfg:Config, folder:Path)->dict: # Reports of the data files
 def _fill_in(cfg:Config)->Config: # Absolute paths, processes, port, precision
     import torch
     gpus = 0 if cfg.use_cpu else torch.cuda.device_count()
-    cfg = fit_machine(cfg, gpus)
+    asked, cfg = cfg, fit_machine(cfg, gpus)
     check_port(cfg)
+    if cfg.use_cpu and not asked.use_cpu: print('No GPU was found: training on the CPU.')
     cfg, notes = fit_precision(cfg, not cfg.use_cpu, not cfg.use_cpu and torch.cuda.is_bf16_supported())
     for note in notes + deepspeed_notes(cfg): print(note)
     absolute = {k: str(Path(v).absolute()) for k in ('data_path', 'eval_data_path', 'logging_dir') if (v := getattr(cfg, k))}
@@ -219,7 +220,7 @@ def launch(
     run = Run(_run_folder(cfg, name))
     model, commit = resolve(cfg.model_name_or_path, cfg.revision)
     check_llm_type(find_family(read_config(model), f'{model}/config.json'), cfg.llm_type)
-    cfg = _fill_in(replace(cfg, output_dir=str(run.folder), gpus=gpus or cfg.gpus))
+    cfg = _fill_in(replace(cfg, output_dir=str(run.folder), gpus=gpus or cfg.gpus, revision=commit or cfg.revision)) # every rank and every resume take this commit
     reports = _check_data(cfg, model)
     run.folder.mkdir(parents=True, exist_ok=True)
     write_json(run.folder/'data_report.json', reports)

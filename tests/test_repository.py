@@ -8,6 +8,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from support import draw_data
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT/'minicpmv_nb'
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(ROOT).parts))
@@ -85,3 +87,9 @@ def test_wheel_works_away_from_the_checkout(tmp_path):
     def run(*args): return subprocess.run([python, *args], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert Path(run('-c', 'import minicpmv_nb; print(minicpmv_nb.__file__)').strip()).is_relative_to(tmp_path)
     assert 'usage' in run('-m', 'minicpmv_nb.training', '--help')
+    data = draw_data(tmp_path, 8)
+    code = f"""from minicpmv_nb import launch, lora, merge, tiny_checkpoint
+base = tiny_checkpoint('tiny', ['Which colour is the dot?'])
+run = launch(lora(str(base), {str(data)!r}, use_cpu=True, gpus=2, deepspeed='ds_config_zero2.json', max_steps=2, gradient_accumulation_steps=1, dataloader_num_workers=0)).wait()
+print(merge(base, run.final, 'merged'))"""
+    assert run('-c', code).splitlines()[-1] == 'merged' and (tmp_path/'merged'/'model.safetensors').is_file()
