@@ -102,7 +102,7 @@ def count_repeated(
 def _stage(number:int, text:str)->None: print(f'\n[{number}/6] {text}', flush=True)
 
 def _examine(folder:Path, data:Path, out:Path, *flags:str)->list[dict]: # Answers of a checkpoint, loaded in a fresh process
-    subprocess.run([sys.executable, '-m', 'minicpmv_nb.chat', str(folder), str(data), '--out', str(out), '--max_new_tokens', '24', *flags], check=True, stdin=subprocess.DEVNULL)
+    subprocess.run([sys.executable, '-m', 'minicpmv_nb.chat', str(folder), str(data), '--out', str(out), '--max_new_tokens', '24', *flags], check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     return json.loads(out.read_text(encoding='utf-8'))
 
 # %% ../nbs/16_demo.ipynb #0b88754e
