@@ -13,13 +13,13 @@ from .training import read_metrics
 # %% ../nbs/11_plots.ipynb #d16822b8
 def running_mean(
     values:list[float], # In order
-    keep:float=0.9, # Weight of the past; 0.9 looks back about ten points
+    reach:int, # Neighbours on each side
 )->list[float]: # As long as `values`
-    "Exponential running mean with bias correction."
-    means, total, weight = [], 0.0, 0.0
-    for v in values:
-        total, weight = keep*total + (1-keep)*v, keep*weight + (1-keep)
-        means.append(total/weight)
+    "Centred mean over neighbours."
+    n, means = len(values), []
+    for i in range(n):
+        r = min(reach, i, n-1-i)
+        means.append(sum(values[i-r:i+r+1])/(2*r+1))
     return means
 
 # %% ../nbs/11_plots.ipynb #858687c4
@@ -32,7 +32,7 @@ def _points(metrics:list[dict], key:str)->tuple[list,list]: # Steps and values o
 def _draw_loss(ax, metrics:list[dict])->None:
     steps, loss = _points(metrics, 'loss')
     ax.plot(steps, loss, color=COLOURS['step'], lw=1, label='training, each logged step')
-    if len(loss) >= 40: ax.plot(steps, running_mean(loss), color=COLOURS['mean'], lw=2, label='training, running mean')
+    if len(loss) >= 40: ax.plot(steps, running_mean(loss, len(loss)//20), color=COLOURS['mean'], lw=2, label='training, running mean')
     at, evals = _points(metrics, 'eval_loss')
     if evals: ax.plot(at, evals, 'o-', color=COLOURS['eval'], ms=5, lw=1.2, label='evaluation')
     ax.set_ylabel('loss per taught token'); ax.legend(frameon=False, fontsize=8); ax.set_ylim(bottom=0)
