@@ -131,6 +131,10 @@ def machine()->dict: # Fields of `Config` for this machine
     ranks = min(found, 2) or 2
     return dict(gpus=ranks, use_cpu=not found, per_device_train_batch_size=8//ranks, fp16=False, bf16=bool(found) and torch.cuda.is_bf16_supported())
 
+def _empty(out:Path)->None: # Start afresh, but never delete what is not ours
+    if out.exists() and any(out.iterdir()) and not (out/'.demo').is_file(): raise FileExistsError(f'{out} is not empty and was not made by the demo: choose another folder.')
+    shutil.rmtree(out, ignore_errors=True); out.mkdir(parents=True); (out/'.demo').touch()
+
 def demo(
     out:str|Path='demo_run', # Folder of everything; replaced if it exists
     family:str='2.5', # A key of FAMILIES
@@ -140,7 +144,7 @@ def demo(
     from minicpmv_nb.jobs import launch
     from minicpmv_nb.merging import merge
     start, out = time.time(), Path(out)
-    shutil.rmtree(out, ignore_errors=True); out.mkdir(parents=True)
+    _empty(out)
     _stage(1, 'drawing pictures, building a tiny checkpoint with random weights, checking the data')
     files, random_base = prepare(out, family, seed)
     _stage(2, 'teaching the base one word for shape and one for colour (full fine-tuning)')
@@ -169,7 +173,7 @@ def main(
 )->None:
     "Run the demo."
     p = argparse.ArgumentParser(prog='python -m minicpmv_nb.demo', description='From nothing to a merged model, with proof that it learned.')
-    p.add_argument('--out', default='demo_run', help='folder of everything; replaced if it exists'); p.add_argument('--family', default='2.5', choices=list(FAMILIES)); p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--out', default='demo_run', help='folder of everything; an earlier demo in it is replaced'); p.add_argument('--family', default='2.5', choices=list(FAMILIES)); p.add_argument('--seed', type=int, default=0)
     demo(**vars(p.parse_args(argv)))
 
 # %% ../nbs/16_demo.ipynb #ff7e174e

@@ -123,8 +123,9 @@ def resolve(
         read_config(Path(name).expanduser()); return Path(name).expanduser(), None
     if name.startswith('modelscope:'): return _modelscope(name.removeprefix('modelscope:'), revision), revision
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     try: folder = Path(snapshot_download(name, revision=revision, allow_patterns=DATA_FILES))
+    except HFValidationError as e: raise FileNotFoundError(f'There is no folder {name}, and it cannot be the id of a model on a hub.') from e
     except (LocalEntryNotFoundError, HfHubHTTPError) as e:
         raise FileNotFoundError(f"{name} is neither a folder here nor in the local cache, and could not be downloaded ({type(e).__name__}). Where there is a network, run:\n"
             f"  hf download {name}{f' --revision {revision}' if revision else ''} --exclude '*.py' --exclude '*.bin' --local-dir {name.split('/')[-1]}\nand give that folder.") from e

@@ -16,7 +16,7 @@ from .config import Config, deepspeed_json, deepspeed_notes, load_config, save_c
 from .families import check_llm_type, find_family, read_config, resolve
 from .plots import plot_run
 from .prompts import Processor
-from .training import facts, fit_precision, newest_checkpoint, read_metrics, write_status
+from .training import facts, fit_precision, newest_checkpoint, read_metrics, read_status, refuse_foreign, write_status
 
 # %% ../nbs/12_jobs.ipynb #36ae16b8
 def fit_machine(
@@ -102,11 +102,9 @@ class Run:
 
     def status(self)->dict: # state, step, steps, error
         "What the run is doing. A run whose process is gone has failed; one that was never started is stopped."
-        file = self.folder/'status.json'
-        if not file.is_file(): return dict(state='stopped')
-        known = json.loads(file.read_text())
+        known = dict(state='stopped') | read_status(self.folder)
         if known['state'] in ('starting', 'running') and not alive(known):
-            known = json.loads(file.read_text()) # it may have finished between reading and looking
+            known = read_status(self.folder) # it may have finished between reading and looking
             if known['state'] in ('starting', 'running'): known |= dict(state='failed')
         return known
 
@@ -127,7 +125,7 @@ def wait(self,
     timeout:float|None=None, # Seconds; None: as long as it takes
     poll:float=0.5, # Seconds between two looks
 )->'Run': # The run itself, done
-    "Wait for the end. Raises `RunFailed` with the log's last lines, `TimeoutError` when it takes longer (the run goes on)."
+    "Wait for the end. Raises `RunFailed` when it failed (with the log's last lines) or was stopped, `TimeoutError` when it takes longer (the run goes on)."
     from tqdm import tqdm # plain text: it stays readable in a saved notebook and in a log
     end = None if timeout is None else time.monotonic()+timeout
     with tqdm(desc=self.folder.name, unit='step', delay=2) as bar:
@@ -137,6 +135,7 @@ def wait(self,
             time.sleep(poll)
         _advance(bar, s)
     if s['state'] == 'failed': raise RunFailed(f'{self.folder.name} failed. {self.cause()}')
+    if s['state'] == 'stopped': raise RunFailed(f'{self.folder.name} was stopped at step {s.get("step", 0)}. resume() goes on from its newest checkpoint.')
     return self
 
 def _advance(bar, status:dict)->None: # Move a progress bar to where the run is
@@ -144,7 +143,8 @@ def _advance(bar, status:dict)->None: # Move a progress bar to where the run is
 
 def cause(self)->str: # Why a run failed
     "The failing rank's own words, or what torchrun noticed, and the end of the log."
-    said = _killed(self.log(200)) or self.status().get('error') or ('A process ended without a word.' if self.log() else 'Nothing was printed.')
+    since = (self.folder/'log.txt').read_bytes()[self.status().get('log_start', 0):].decode(errors='replace') # of this start, not of an earlier one
+    said = _killed(since) or self.status().get('error') or ('A process ended without a word.' if self.log() else 'Nothing was printed.')
     return f'{said}\nLast lines of {self.folder/"log.txt"}:\n{self.log(15)}'
 
 def _killed(log:str)->str|None: # The rank that was ended from outside, by torchrun's account; the errors of the others are consequences
@@ -173,7 +173,7 @@ def resume(self)->'Run': # The same run, going on
     "Go on from the newest checkpoint. Raises `ValueError` when it runs, is done, or has no checkpoint."
     state = self.status()['state']
     if state in ('starting', 'running', 'done'): raise ValueError(f'{self.folder.name} is {state}: there is nothing to resume.')
-    if newest_checkpoint(self.folder) is None: raise ValueError(f'{self.folder} has no checkpoint yet: start it again with launch().')
+    if newest_checkpoint(self.folder) is None: raise ValueError(f'{self.folder} has no checkpoint yet: launch() it again with another output_dir, or remove this folder first.')
     check_port(self.config)
     write_script(replace(self.config, resume_from_checkpoint='auto'), self.folder/'run.sh')
     return _start(self)
@@ -186,7 +186,7 @@ def _check_data(cfg:Config, folder:Path)->dict: # Reports of the data files
     reports = {}
     for path in (cfg.data_path, cfg.eval_data_path if cfg.do_eval else None):
         if not path: continue
-        _, report = load_data(path, processor, cfg.model_max_length, cfg.bad_samples, cfg.extra_image_tags)
+        _, report = load_data(path, processor, cfg.model_max_length, cfg.bad_samples, cfg.extra_image_tags, cfg.check_pixels)
         reports[path] = vars(report) | dict(problems=report.rows())
         if report.problems or report.tags_added: print(report)
     return reports
@@ -199,17 +199,24 @@ def _fill_in(cfg:Config)->Config: # Absolute paths, processes, port, precision
     if cfg.use_cpu and not asked.use_cpu: print('No GPU was found: training on the CPU.')
     cfg, notes = fit_precision(cfg, not cfg.use_cpu, not cfg.use_cpu and torch.cuda.is_bf16_supported())
     for note in notes + deepspeed_notes(cfg): print(note)
-    absolute = {k: str(Path(v).absolute()) for k in ('data_path', 'eval_data_path', 'logging_dir') if (v := getattr(cfg, k))}
+    paths = ('data_path', 'eval_data_path', 'logging_dir') + (() if cfg.resume_from_checkpoint == 'auto' else ('resume_from_checkpoint',))
+    absolute = {k: str(Path(v).expanduser().absolute()) for k in paths if (v := getattr(cfg, k))}
     model = cfg.model_name_or_path
     return replace(cfg, model_name_or_path=str(Path(model).absolute()) if Path(model).is_dir() else model, **absolute)
 
 def _run_folder(cfg:Config, name:str|None)->Path: # It must be new
     method = 'lora' if cfg.use_lora else 'full'
-    folder = Path(cfg.output_dir or f'runs/{name or method + time.strftime("-%Y%m%d-%H%M%S")}').absolute()
+    folder = Path(cfg.output_dir or f'runs/{name or method + time.strftime("-%Y%m%d-%H%M%S")}').expanduser().absolute()
+    refuse_foreign(folder)
     if not (folder/'config.json').is_file(): return folder
     state = Run(folder).status()['state']
-    resume = f', or go on with Run.attach({str(folder)!r}).resume()' if state in ('failed', 'stopped') else ''
+    resume = f', or go on with Run.attach({str(folder)!r}).resume()' if state in ('failed', 'stopped') and newest_checkpoint(folder) else ''
     raise FileExistsError(f'{folder} holds a run already ({state}). Use another name or output_dir{resume}.')
+
+def _reserve(folder:Path)->None: # Of two launches into one folder, one fails here
+    folder.mkdir(parents=True, exist_ok=True)
+    try: open(folder/'config.json', 'x').close()
+    except FileExistsError as e: raise FileExistsError(f'{folder} was taken by another launch just now. Use another name or output_dir.') from e
 
 def launch(
     cfg:Config, # What to do
@@ -222,19 +229,20 @@ def launch(
     check_llm_type(find_family(read_config(model), f'{model}/config.json'), cfg.llm_type)
     cfg = _fill_in(replace(cfg, output_dir=str(run.folder), gpus=gpus or cfg.gpus, revision=commit or cfg.revision)) # every rank and every resume take this commit
     reports = _check_data(cfg, model)
-    run.folder.mkdir(parents=True, exist_ok=True)
+    known = facts(cfg, commit)
+    _reserve(run.folder)
     write_json(run.folder/'data_report.json', reports)
     if cfg.deepspeed:
         write_json(run.folder/'deepspeed.json', deepspeed_json(cfg))
         cfg = replace(cfg, deepspeed=str(run.folder/'deepspeed.json'))
-    save_config(cfg, run.folder/'config.json', **facts(cfg, commit))
+    save_config(cfg, run.folder/'config.json', **known)
     write_script(cfg, run.folder/'run.sh')
     return _start(run)
 
 def _start(run:Run)->Run: # Start run.sh in a session of its own
     import psutil
-    write_status(run.folder, 'starting', error=None, started=round(time.time(), 1))
     with open(run.folder/'log.txt', 'ab') as log:
+        write_status(run.folder, 'starting', error=None, started=round(time.time(), 1), log_start=log.tell())
         process = subprocess.Popen(['/bin/bash', str(run.folder/'run.sh')], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=run.folder)
     write_status(run.folder, 'starting', pid=process.pid, created=psutil.Process(process.pid).create_time())
     return run

@@ -110,8 +110,10 @@ def open_picture(
     try:
         with Image.open(path) as im:
             if decode: im.load()
-            return Picture(str(path), *im.size)
+            deep, size = im.mode[0] in 'IF', im.size
     except (OSError, SyntaxError, Image.DecompressionBombError) as e: raise ValueError(f'{path} is not a readable picture ({type(e).__name__}).') from e
+    if deep: raise ValueError(f'{path} has more than 8 bits per colour, which would turn white.')
+    return Picture(str(path), *size)
 
 def _picture(entry:dict, base:Path, decode:bool)->Picture|tuple[str,str]: # The picture, or (reason, fix)
     image = entry.get('image')
@@ -119,7 +121,7 @@ def _picture(entry:dict, base:Path, decode:bool)->Picture|tuple[str,str]: # The 
     if not isinstance(image, str): return f'image is a {type(image).__name__}.', 'Give one path as a string: each entry has one picture.'
     try: return open_picture(base/image, decode)
     except FileNotFoundError as e: return str(e), f'Paths are relative to {base}: correct the path or add the file.'
-    except ValueError as e: return str(e), 'Replace the file, or remove the entry.'
+    except ValueError as e: return str(e), 'Replace the file, with 8 bits per colour, or remove the entry.'
 
 # %% ../nbs/02_samples.ipynb #a8eeb3bd
 def _talk(entry:dict)->list[tuple[str,str]]: # (reason, fix) for everything wrong with the turns

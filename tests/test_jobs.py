@@ -118,3 +118,41 @@ def test_the_folder_says_how_to_repeat_the_run(cfg):
     assert kept['versions']['torch'] and len(kept['data_sha256']['data_path']) == 64
     report = json.loads((run.folder/'data_report.json').read_text())
     assert list(report.values())[0]['problems'] == []
+
+def test_no_rank_outlives_torchrun(cfg):
+    run = launch(replace(cfg, max_steps=500, save_steps=1000))
+    until(lambda: steps(run))
+    torchrun = psutil.Process(run.status()['pid'])
+    ranks = [p for p in torchrun.children() if 'minicpmv_nb.training' in ' '.join(p.cmdline())]
+    torchrun.kill()
+    with pytest.raises(RunFailed): run.wait(timeout=60)
+    assert not psutil.wait_procs(ranks, timeout=30)[1]
+
+def test_a_later_failure_is_not_blamed_on_an_earlier_one(cfg, data_copy):
+    run = launch(replace(cfg, data_path=str(data_copy), max_steps=500, save_steps=2))
+    until(lambda: newest_checkpoint(run.folder))
+    psutil.Process(run.status()['pid']).children()[0].kill()
+    with pytest.raises(RunFailed, match='SIGKILL'): run.wait(timeout=60)
+    for picture in data_copy.parent.glob('*.png'): picture.write_bytes(b'gone bad')
+    with pytest.raises(RunFailed, match='rank . *: DataError'): run.resume().wait(timeout=90)
+
+def test_waiting_for_a_stopped_run_says_so(cfg):
+    run = launch(cfg).stop()
+    with pytest.raises(RunFailed, match='was stopped at step 0'): run.wait()
+
+def test_checkpoints_of_something_else_are_left_alone(cfg):
+    old = Path(cfg.output_dir)/'checkpoint-400'; old.mkdir(parents=True)
+    with pytest.raises(FileExistsError, match='holds no run of this package'): launch(cfg)
+    assert old.is_dir()
+
+def test_the_demo_deletes_only_its_own_folder(tmp_path):
+    from minicpmv_nb.demo import demo
+    (tmp_path/'thesis.txt').write_text('years of work')
+    with pytest.raises(FileExistsError, match='was not made by the demo'): demo(tmp_path)
+    assert (tmp_path/'thesis.txt').is_file()
+
+def test_a_broken_status_file_is_survived(cfg):
+    run = launch(cfg)
+    (run.folder/'status.json').write_text('{"state": "run')
+    assert run.status()['state'] == 'stopped' or run.status()['state'] in ('starting', 'running')
+    until(lambda: run.status()['state'] == 'done')

@@ -78,7 +78,7 @@ def test_unreadable_picture(tmp_path, content):
     (tmp_path/'bad.png').write_bytes(content)
     [(_, reason, fix)] = problems(tmp_path, entry(image='bad.png'))
     assert re.fullmatch(rf'{re.escape(str(tmp_path/"bad.png"))} is not a readable picture \(\w+\)\.', reason)
-    assert fix == 'Replace the file, or remove the entry.'
+    assert fix == 'Replace the file, with 8 bits per colour, or remove the entry.'
 
 def test_picture_too_large_to_be_true(tmp_path, monkeypatch):
     # Pillow refuses a "decompression bomb"; its limit is lowered instead of drawing one.
@@ -89,7 +89,7 @@ def test_truncated_picture_is_found_by_decoding(tmp_path):
     file = truncated(tmp_path/'cut.png')
     assert problems(tmp_path, entry(image='cut.png')) == []  # its header is good
     [(_, reason, fix)] = problems(tmp_path, entry(image='cut.png'), decode=True)
-    assert reason == f'{file} is not a readable picture (OSError).' and fix == 'Replace the file, or remove the entry.'
+    assert reason == f'{file} is not a readable picture (OSError).' and fix == 'Replace the file, with 8 bits per colour, or remove the entry.'
 
 def test_truncated_picture_is_named_when_a_batch_opens_it(tmp_path, tiny):
     file, processor = truncated(tmp_path/'cut.png'), Processor.from_folder(tiny)

@@ -59,7 +59,7 @@ def test_nan_names_step_and_sample(cfg, monkeypatch):
     seen = []
     monkeypatch.setattr(FineTuner, 'compute_loss', compute_loss)
     with pytest.raises(FloatingPointError) as e: train(replace(cfg, per_device_train_batch_size=2))
-    assert str(e.value).startswith(f'The loss is nan at step 3, samples {", ".join(seen[2])}. ') and 'Try a smaller learning_rate; the last checkpoint is good.' in str(e.value)
+    assert str(e.value).startswith(f'The loss is nan at step 3, samples {", ".join(seen[2])}. ') and 'Try a smaller learning_rate. If resuming from the last checkpoint fails the same way, take an earlier one.' in str(e.value)
     assert len(seen) == 3 and len(seen[2]) == 2
 
 def test_nan_in_an_accumulated_step(cfg, monkeypatch):
@@ -391,3 +391,16 @@ def test_bf16_keeps_what_trains_in_float32(cfg):
     kinds = {p.requires_grad: p.dtype for p in trainer.model.parameters()}
     assert kinds == {True: torch.float32, False: torch.bfloat16}
     assert math.isfinite(trainer.train().training_loss)
+
+def test_zero_3_that_would_keep_the_weights_is_refused(tmp_path):
+    from minicpmv_nb.config import deepspeed_json, full
+    (tmp_path/'mine.json').write_text('{"zero_optimization": {"stage": 3}}')
+    with pytest.raises(ValueError, match='set stage3_gather_16bit_weights_on_model_save to true'): deepspeed_json(full('m', 'd', deepspeed=str(tmp_path/'mine.json')))
+
+def test_a_run_inside_the_model_folder_is_not_copied_into_itself(tiny, tmp_path):
+    import shutil
+    from minicpmv_nb.model import load, write_checkpoint
+    base = shutil.copytree(tiny, tmp_path/'base'); (base/'checkpoint-7').mkdir(); (base/'optimizer.pt').write_bytes(b'')
+    out = base/'out'/'final'
+    write_checkpoint(load(base).state_dict(), base, out)
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in tiny.iterdir())
