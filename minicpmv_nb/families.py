@@ -122,9 +122,9 @@ def resolve(
     if Path(name).is_dir() or name.count('/') != 1 or name.startswith(('.', '/', '~')):
         read_config(Path(name).expanduser()); return Path(name).expanduser(), None
     if name.startswith('modelscope:'): return _modelscope(name.removeprefix('modelscope:'), revision), revision
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    try: folder = Path(snapshot_download(name, revision=revision, allow_patterns=DATA_FILES))
+    try: folder = Path(snapshot_download(name, revision=revision, allow_patterns=DATA_FILES, local_files_only=constants.HF_HUB_OFFLINE))
     except HFValidationError as e: raise FileNotFoundError(f'There is no folder {name}, and it cannot be the id of a model on a hub.') from e
     except (LocalEntryNotFoundError, HfHubHTTPError) as e:
         raise FileNotFoundError(f"{name} is neither a folder here nor in the local cache, and could not be downloaded ({type(e).__name__}). Where there is a network, run:\n"
