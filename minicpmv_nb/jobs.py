@@ -148,9 +148,10 @@ def cause(self)->str: # Why a run failed
     return f'{said}\nLast lines of {self.folder/"log.txt"}:\n{self.log(15)}'
 
 def _killed(log:str)->str|None: # The rank that was ended from outside, by torchrun's account; the errors of the others are consequences
-    found = re.findall(r'Root Cause.*?rank\s*: (\d+).*?pid: (\d+)\)\s*\((SIG\w+)\)', log, flags=re.S)
+    ended = re.findall(r'rank +: (\d+) \(local_rank: \d+\)\n.*\n.*\n *traceback : Signal \d+ \((SIG\w+)\) received by PID (\d+)', log)
+    found = [e for e in ended if e[1] != 'SIGTERM'] # with which torchrun ends the others
     if not found: return None
-    rank, pid, name = found[-1]
+    rank, name, pid = found[0]
     return f'Rank {rank} (process {pid}) was ended by {name}.' + (' The system may have run out of memory.' if name == 'SIGKILL' else '')
 
 def stop(self,
