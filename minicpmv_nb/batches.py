@@ -23,7 +23,7 @@ def load_data(
     processor:Processor, # Of the checkpoint that will be trained
     max_length:int=2048, # The guide's `model_max_length`
     bad_samples:str='error', # `error`: raise with the table; `skip`: leave bad entries out
-    extra_image_tags:str='report', # `literal`: an `<image>` inside a text is text
+    extra_image_tags:str='report', # `literal`: a tag inside a text that is no picture of the entry is text
     decode:bool=False, # Read every pixel too, to find truncated pictures
 )->tuple[list[Sample],Report]: # Good samples, and the report
     "Check a file against the guide's rules and the checkpoint's length. Raises `DataError` with one row per problem, or when nothing is left."
@@ -33,6 +33,7 @@ def load_data(
     bad = {p.entry for p in long}
     samples = [s for s in samples if s.entry not in bad]
     report.kept = len(samples)
+    if processor.family.template.think: report.thoughts = sum('</think>' in p for s in samples for t in s.turns[:-1] if t.role == 'assistant' for p in t.parts)
     if lengths: report.tokens = dict(longest=max(lengths), mean=round(sum(lengths)/len(lengths), 1), model_max_length=max_length)
     if report.problems and bad_samples == 'error' or not samples: raise DataError(report)
     return samples, report
@@ -47,11 +48,12 @@ def data_hash(
 def picture_tensors(
     pictures:list, # Opened PIL images, in the order of the text
     plans:list[SlicePlan], # How each is cut
+    patch:int=14, # Side of a patch, needed where there is no picture
 )->dict[str,torch.Tensor]: # pixel_values uint8 (3, p, p*L) and target_sizes (pieces, 2)
     "Cut pictures and lay their patches side by side."
-    strips = [to_strip(piece, plan.patch) for picture, plan in zip(pictures, plans, strict=True) for piece in cut(picture, plan)]
+    strips = [np.empty((3, patch, 0), np.uint8)] + [to_strip(piece, plan.patch) for picture, plan in zip(pictures, plans, strict=True) for piece in cut(picture, plan)]
     sizes = [size for plan in plans for size in plan.patch_sizes]
-    return dict(pixel_values=torch.from_numpy(np.concatenate(strips, -1)), target_sizes=torch.tensor(sizes))
+    return dict(pixel_values=torch.from_numpy(np.concatenate(strips, -1)), target_sizes=torch.tensor(sizes, dtype=torch.long).view(-1, 2))
 
 def open_all(sample:Sample)->list: # The pictures of a sample, decoded
     "Open a sample's pictures. Raises `ValueError` naming sample and file when one cannot be read."
@@ -60,7 +62,7 @@ def open_all(sample:Sample)->list: # The pictures of a sample, decoded
     for p in sample.pictures:
         try:
             with Image.open(p.path) as im: opened.append(im.convert('RGB'))
-        except (OSError, SyntaxError) as e: raise ValueError(f'sample {sample.id} (entry {sample.entry}): {p.path} cannot be read ({e}). Replace the file; load_data(..., decode=True) finds all such files beforehand.') from e
+        except (OSError, SyntaxError, ValueError, RuntimeError) as e: raise ValueError(f'sample {sample.id} (entry {sample.entry}): {p.path} cannot be read ({e}). Replace the file; load_data(..., decode=True) finds all such files beforehand.') from e
     return opened
 
 class SampleDataset(Dataset):
@@ -69,13 +71,13 @@ class SampleDataset(Dataset):
         samples:list[Sample], # Checked samples
         processor:Processor, # Tokenizer and sizes
     ):
-        self.samples, self.encoded = samples, [encode(s.turns, processor) for s in samples]
+        self.samples, self.processor, self.encoded = samples, processor, [encode(s.turns, processor) for s in samples]
 
     def __len__(self): return len(self.samples)
 
     def __getitem__(self, i:int)->dict:
         sample, encoded = self.samples[i], self.encoded[i]
-        return dict(id=sample.id, encoded=encoded, **picture_tensors(open_all(sample), encoded.plans))
+        return dict(id=sample.id, encoded=encoded, **picture_tensors(open_all(sample), encoded.plans, self.processor.sizes.patch))
 
 # %% ../nbs/07_batches.ipynb #ce12d326
 def collate(
@@ -88,4 +90,4 @@ def collate(
     bounds = [(a + row*width, b + row*width) for row, i in enumerate(items) for a, b in i['encoded'].image_bound]
     return dict(input_ids=pad([i['encoded'].input_ids for i in items], pad_id), labels=pad([i['encoded'].labels for i in items], -100),
         pixel_values=torch.cat([i['pixel_values'] for i in items], -1)[None], target_sizes=torch.cat([i['target_sizes'] for i in items]),
-        image_bound=torch.tensor(bounds), slices_per_sample=torch.tensor([len(i['target_sizes']) for i in items]), ids=[i['id'] for i in items])
+        image_bound=torch.tensor(bounds, dtype=torch.long).view(-1, 2), slices_per_sample=torch.tensor([len(i['target_sizes']) for i in items]), ids=[i['id'] for i in items])

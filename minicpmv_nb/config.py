@@ -41,7 +41,7 @@ class Config:
     max_slice_nums: int = 9 # Slices per picture at most; fewer cost less memory and lose small print
     bad_samples: str = 'error' # `error`: stop with the table of problems; `skip`: train on the rest
     check_pixels: bool = False # Decode every picture before training, to find truncated files; slow on large sets
-    extra_image_tags: str = 'report' # An `<image>` inside a text is a problem (`report`) or plain text (`literal`)
+    extra_image_tags: str = 'report' # An `<image>` inside a text that is no picture of its entry is a problem (`report`) or plain text (`literal`)
     # numbers
     fp16: bool = False # Half precision with loss scaling; for GPUs without bfloat16
     bf16: bool = False # bfloat16; preferred wherever the GPU has it

@@ -189,7 +189,7 @@ def _check_data(cfg:Config, folder:Path)->dict: # Reports of the data files
         if not path: continue
         _, report = load_data(path, processor, cfg.model_max_length, cfg.bad_samples, cfg.extra_image_tags, cfg.check_pixels)
         reports[path] = vars(report) | dict(problems=report.rows())
-        if report.problems or report.tags_added: print(report)
+        if report.problems or report.notes: print(report)
     return reports
 
 def _fill_in(cfg:Config)->Config: # Absolute paths, processes, port, precision

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .families import resolve
-from .model import aside, copy_rest, into_place, weight_files
+from .model import adapter_notes, aside, copy_rest, fingerprint, into_place, set_max_slices, weight_files
 
 # %% ../nbs/13_merging.ipynb #23e32816
 DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, U8=torch.uint8, I8=torch.int8, I16=torch.int16, I32=torch.int32, I64=torch.int64, BOOL=torch.bool)
@@ -124,8 +124,11 @@ def merge(
     base, changes = resolve(str(base))[0], read_adapter(adapter)
     files = sorted(set(weight_files(base).values()))
     _fits(changes, {n: t.shape for f in files for n, t in stored_tensors(f)[1].items()}, adapter)
+    notes = adapter_notes(adapter)
+    if check and notes.get('base', trained := fingerprint(base)) != trained: raise ValueError(f'{adapter} was trained on other weights than those in {base}. Give the base it was trained on; with check=False it is merged all the same.')
     part = aside(out)
     copy_rest(base, part)
+    set_max_slices(part, notes.get('max_slice_nums'))
     for index in base.glob('*.safetensors.index.json'): shutil.copy(index, part)
     for file in tqdm(files, desc='merging', delay=2): merge_file(file, changes, part/file.name)
     if check: print(compare(base, adapter, part))

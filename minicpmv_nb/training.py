@@ -8,7 +8,7 @@ __all__ = ['fit_precision', 'weight_dtype', 'training_arguments', 'RunLog', 'wri
            'train', 'record_failure', 'main']
 
 # %% ../nbs/10_training.ipynb #b79f9f86
-import json, math, os, shutil, sys, threading, time
+import atexit, json, math, os, shutil, sys, threading, time
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -23,7 +23,7 @@ from . import __version__
 from .batches import SampleDataset, collate, data_hash, load_data
 from .config import NAMES, Config, deepspeed_json, deepspeed_notes, flag_help, from_flags, load_config, save_config, write_json, zero_stage
 from .families import check_llm_type, find_family, read_config, resolve
-from .model import check_shapes, load, tensor_shapes, weight_files, write_checkpoint
+from .model import NOTES, check_shapes, fingerprint, load, read_tensor, say, tensor_shapes, weight_files, write_checkpoint
 from .prompts import Processor
 from .tuning import GradientWatch, part_table, tune
 
@@ -133,10 +133,10 @@ def read_metrics(
 # %% ../nbs/10_training.ipynb #cb37ea1a
 class FineTuner(Trainer):
     "The Trainer of transformers, for MiniCPM-V."
-    def __init__(self, *args, base:Path, log:RunLog, commit:str|None=None, **kwargs): # Base checkpoint, the run's log
+    def __init__(self, *args, base:Path, log:RunLog, max_slices:int, commit:str|None=None, **kwargs): # Base checkpoint, the run's log, `max_slice_nums`
         super().__init__(*args, **kwargs)
         self.base, self.run_log, self.staging, self.watch = Path(base), log, None, GradientWatch(self.model)
-        log.trainer, self.commit = self, commit
+        log.trainer, self.commit, self.notes = self, commit, dict(max_slice_nums=max_slices, base=fingerprint(base))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "Leave the names out, and count."
@@ -201,26 +201,32 @@ def _save(self, output_dir=None, state_dict=None):
     if not self.args.should_save: return
     out, model = Path(output_dir), self.accelerator.unwrap_model(self.model)
     state = model.state_dict() if state_dict is None else state_dict
-    if hasattr(model, 'peft_config'): _save_adapter(model, state, out)
-    else: _save_full({n: t.cpu() for n, t in state.items()}, self.base, out)
+    if hasattr(model, 'peft_config'): _save_adapter(model, _with_fixed(model, state, self.base), out, self.notes)
+    else: _save_full({n: t.cpu() for n, t in state.items()}, self.base, out, self.notes['max_slice_nums'])
 
 FineTuner._get_output_dir, FineTuner._save_checkpoint, FineTuner._save = _get_output_dir, _save_checkpoint, _save
 
 # %% ../nbs/10_training.ipynb #c11c67fb
-def _save_adapter(model, state:dict, out:Path)->None: # Write and compare
+def _with_fixed(model, state:dict, base:Path)->dict: # Under ZeRO-3 the state of a PEFT model lacks what is frozen; a fixed table inside a trained part is that of the base
+    lacking = {n: n.removeprefix('base_model.model.').replace('.modules_to_save.default', '') for n, _ in model.named_parameters() if '.modules_to_save.' in n and n not in state}
+    files = weight_files(base) if lacking else {}
+    return state | {n: read_tensor(files[official], official) for n, official in lacking.items()}
+
+def _save_adapter(model, state:dict, out:Path, notes:dict)->None: # Write and compare
     from peft import get_peft_model_state_dict
     model.save_pretrained(out, state_dict=state, save_embedding_layers=False)
     want, have = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False), load_file(out/'adapter_model.safetensors')
     wrong = sorted(want.keys() ^ have.keys()) or [n for n in want if not torch.equal(want[n].cpu(), have[n])]
     if wrong: raise OSError(f'{out} does not hold what was written: {", ".join(wrong[:3])}. Check the disk.')
+    write_json(out/NOTES, notes)
 
-def _save_full(state:dict, base:Path, out:Path)->None: # Write and compare
-    write_checkpoint(state, base, out)
+def _save_full(state:dict, base:Path, out:Path, max_slices:int)->None: # Write and compare
+    write_checkpoint(state, base, out, max_slices=max_slices)
     files = weight_files(out)
     check_shapes(tensor_shapes(files), tensor_shapes(weight_files(base)), out)
     for file in set(files.values()):
         for name, t in load_file(file).items():
-            if not torch.equal(t, state[name]): raise OSError(f'{out} does not hold what was written: {name}. Check the disk.')
+            if name in state and not torch.equal(t, state[name]): raise OSError(f'{out} does not hold what was written: {name}. Check the disk.')
 
 def save_final(
     trainer:FineTuner, # After training
@@ -291,28 +297,25 @@ def prepare_model(
     return model
 
 # %% ../nbs/10_training.ipynb #19cc69ee
-def _say(text:str)->None: # Once per job
-    if int(os.environ.get('RANK', 0)) == 0: print(text, flush=True)
-
 def make_trainer(
     cfg:Config, # What to do, `output_dir` set
 )->FineTuner: # Ready to train
     "Load everything a run needs. Raises what its parts raise, before the first step."
     cfg, notes = _prepare(cfg)
     arguments = training_arguments(cfg) # first: it joins the ranks and tells which device this is
-    for note in notes: _say(note)
+    for note in notes: say(note)
     folder, commit = resolve(cfg.model_name_or_path, cfg.revision)
     check_llm_type(find_family(read_config(folder)), cfg.llm_type)
     processor = Processor.from_folder(folder, cfg.max_slice_nums)
     data = {name: _dataset(path, cfg, processor) for name, path in (('train', cfg.data_path), ('eval', cfg.eval_data_path if cfg.do_eval else None)) if path}
     torch.manual_seed(cfg.seed) # new LoRA weights are the same on every rank and in every repetition
     model, log = prepare_model(cfg, folder), RunLog(cfg.output_dir)
-    _say(str(part_table(model)))
-    return FineTuner(model, arguments, data_collator=collate, train_dataset=data['train'], eval_dataset=data.get('eval'), callbacks=[log], base=folder, log=log, commit=commit)
+    say(str(part_table(model)))
+    return FineTuner(model, arguments, data_collator=collate, train_dataset=data['train'], eval_dataset=data.get('eval'), callbacks=[log], base=folder, log=log, max_slices=cfg.max_slice_nums, commit=commit)
 
 def _dataset(path, cfg:Config, processor)->SampleDataset:
     samples, report = load_data(path, processor, cfg.model_max_length, cfg.bad_samples, cfg.extra_image_tags, cfg.check_pixels)
-    _say(str(report))
+    say(str(report))
     return SampleDataset(samples, processor)
 
 def refuse_foreign(
@@ -342,7 +345,7 @@ def train(
     print(f'rank {trainer.args.process_index} of {trainer.args.world_size}, process {os.getpid()}, {trainer.args.device}, ZeRO stage {zero_stage(cfg)}', flush=True)
     if trainer.args.should_save: _claim(cfg.output_dir)
     start = newest_checkpoint(cfg.output_dir) if cfg.resume_from_checkpoint == 'auto' else cfg.resume_from_checkpoint
-    if start: _say(f'resuming from {start}')
+    if start: say(f'resuming from {start}')
     trainer.train(resume_from_checkpoint=str(start) if start else None)
     final = save_final(trainer)
     if trainer.args.should_save: write_status(cfg.output_dir, 'done', step=trainer.state.global_step)
@@ -364,6 +367,11 @@ def _end_with_torchrun()->None: # A rank that outlives torchrun would be watched
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
+def _leave()->None: # A thread that some library left behind can abort a process while Python takes itself apart, and a rank that is done must not fail
+    atexit._run_exitfuncs()
+    sys.stdout.flush(); sys.stderr.flush()
+    os._exit(0)
+
 def main(
     argv:list[str]|None=None, # Flags; None: the command line's
 )->None:
@@ -381,4 +389,4 @@ def main(
 
 # %% ../nbs/10_training.ipynb #26fe2366
 #| eval: false
-if __name__ == '__main__': main()
+if __name__ == '__main__': main(); _leave()

@@ -15,6 +15,7 @@ from torch import nn
 
 from .config import Config
 from .model import MiniCPMV
+from .vision import Resampler
 
 # %% ../nbs/08_tuning.ipynb #e5c61b40
 def saved_modules(
@@ -41,12 +42,19 @@ def tune(
 )->nn.Module: # The same model, or PEFT's wrapper around it; trainable parameters have `requires_grad`
     "Freeze and unfreeze parameters, and add LoRA where asked. Raises as `lora_targets`."
     model.requires_grad_(False)
-    if cfg.use_lora:
-        from peft import LoraConfig, get_peft_model
-        lora_targets(model, cfg.lora_target_modules)
-        how = LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout, target_modules=cfg.lora_target_modules,
-            modules_to_save=saved_modules(cfg) or None)
-        return get_peft_model(model, how)
+    tuned = _with_lora(model, cfg) if cfg.use_lora else _in_full(model, cfg)
+    for m in tuned.modules():
+        if isinstance(m, Resampler) and m.pos_embed is not None: m.pos_embed.requires_grad_(False) # a fixed table of 2.0
+    return tuned
+
+def _with_lora(model:MiniCPMV, cfg:Config)->nn.Module:
+    from peft import LoraConfig, get_peft_model
+    lora_targets(model, cfg.lora_target_modules)
+    how = LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout, target_modules=cfg.lora_target_modules,
+        modules_to_save=saved_modules(cfg) or None)
+    return get_peft_model(model, how)
+
+def _in_full(model:MiniCPMV, cfg:Config)->nn.Module:
     model.llm.requires_grad_(cfg.tune_llm)
     if cfg.tune_embeddings: model.llm.model.embed_tokens.requires_grad_(True)
     model.vpm.requires_grad_(cfg.tune_vision)

@@ -35,6 +35,18 @@ def draw_data(folder, n, name='train.json'):
     (folder/name).write_text(json.dumps([sample(i) for i in range(n)]), encoding='utf-8')
     return folder/name
 
+def draw_mixed(folder, n, name='train.json', pictures=None):
+    "A data file of `n` samples that show no picture, one or two; `pictures`: how many each shows, in turn."
+    draw_data(folder, 4)
+    pictures = pictures or [0, 1, 2]
+    def sample(i):
+        shown = pictures[i % len(pictures)]
+        names = {f'<image_{k:02}>': f'{(i+k) % 4}.png' for k in range(shown)}
+        more = dict(image=names) if shown else {}
+        return dict(id=f'm{i}', conversations=talk(ANSWERS[i*7 % 4] + '?'*(i % 3), ''.join(f'{tag}\n' for tag in names) + QUESTION), **more)
+    (folder/name).write_text(json.dumps([sample(i) for i in range(n)]), encoding='utf-8')
+    return folder/name
+
 def flags(**values):
     "Settings as command-line flags."
     return [part for name, value in values.items() for part in (f'--{name}', str(value))]

@@ -3,29 +3,44 @@ import json, os, shutil, subprocess, sys
 
 import pytest
 
-from minicpmv_nb.families import FAMILIES, check_llm_type, find_family, read_config, resolve
+from minicpmv_nb.families import FAMILIES, check_llm_type, find_family, read_config, resolve, vision_config
 
-SUPPORTED = 'Supported: 2.5 (MiniCPM-Llama3-V 2.5)'
+SUPPORTED = 'Supported: 2.0 (MiniCPM-V 2.0), 2.5 (MiniCPM-Llama3-V 2.5), 2.6 (MiniCPM-V 2.6), o-2.6 (MiniCPM-o 2.6), 4.0 (MiniCPM-V 4.0), 4.5 (MiniCPM-V 4.5).'
 HUB_ID, COMMIT = 'openbmb/MiniCPM-Llama3-V-2_5', '0123456789abcdef0123456789abcdef01234567'
 
 
 @pytest.mark.parametrize('version', ['2.5', 2.5])
 def test_version_as_text_or_number(version): assert find_family(dict(model_type='minicpmv', version=version)) is FAMILIES['2.5']
 
+@pytest.mark.parametrize('name', FAMILIES)
+def test_published_config_is_known(name): assert find_family(FAMILIES[name].official) is FAMILIES[name]
+
+def test_hub_ids():
+    assert [f.hub_id for f in FAMILIES.values()] == ['openbmb/MiniCPM-V-2', 'openbmb/MiniCPM-Llama3-V-2_5', 'openbmb/MiniCPM-V-2_6', 'openbmb/MiniCPM-o-2_6', 'openbmb/MiniCPM-V-4', 'openbmb/MiniCPM-V-4_5']
+
 @pytest.mark.parametrize('version', ['9.9', 3, 'llama'])
 def test_unknown_version(version):
     with pytest.raises(ValueError) as e: find_family(dict(model_type='minicpmv', version=version), 'x/config.json')
     assert str(e.value).startswith(f'x/config.json: version is {version!r}. Unknown version. {SUPPORTED}')
 
-@pytest.mark.parametrize('version', [None, 2.6, '4.5'])
-def test_version_that_is_not_supported_yet(version):
-    with pytest.raises(ValueError) as e: find_family(dict(model_type='minicpmv', version=version))
-    assert f'version is {version!r}. This version is known, but not supported yet. {SUPPORTED}' in str(e.value)
+@pytest.mark.parametrize('config, title', [(dict(model_type='minicpmv', version=4.6), 'MiniCPM-V 4.6'), (dict(model_type='minicpmv4_6'), 'MiniCPM-V 4.6'), (dict(model_type='minicpmv4_7', version='4.7'), 'MiniCPM-V 4.7'),
+    (dict(model_type='minicpmv', version='4.7'), 'MiniCPM-V 4.7'), (dict(model_type='minicpmo', version=4.5), 'MiniCPM-o 4.5')])
+def test_version_that_comes_later(config, title):
+    with pytest.raises(ValueError) as e: find_family(config, 'x/config.json')
+    assert str(e.value) == f'x/config.json: this is {title}, which comes later. {SUPPORTED}'
+
+def test_version_that_was_lost():
+    with pytest.raises(ValueError) as e: find_family(dict(model_type='minicpmv', slice_config={}))
+    assert str(e.value).startswith('config.json: there is no version, but a slice_config, which came with 2.5.')
+
+def test_unknown_tower():
+    with pytest.raises(ValueError) as e: vision_config(dict(vision_encoder='resnet50'))
+    assert str(e.value).startswith("config.json: vision_encoder is 'resnet50', whose sizes are not known here.")
 
 @pytest.mark.parametrize('config', [dict(model_type='llama', version='2.5'), dict(version='2.5'), {}])
 def test_unknown_model_type(config):
     with pytest.raises(ValueError) as e: find_family(config, 'x/config.json')
-    assert str(e.value) == f"x/config.json: model_type is {config.get('model_type')!r}, not 'minicpmv'. Supported checkpoints: 2.5 (MiniCPM-Llama3-V 2.5)."
+    assert str(e.value) == f"x/config.json: model_type is {config.get('model_type')!r}, not 'minicpmv' or 'minicpmo'. {SUPPORTED.replace('Supported', 'Supported checkpoints')}"
 
 @pytest.mark.parametrize('name', ['./none', '/none/at/all', 'a/b/c', 'none'])
 def test_no_such_folder(tmp_path, monkeypatch, name):

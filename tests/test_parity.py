@@ -1,5 +1,5 @@
 "The original code's outputs are ours; and the comparison notices when they are not."
-import dataclasses
+import dataclasses, json
 
 import numpy as np
 import pytest
@@ -7,23 +7,38 @@ import torch
 from torch import nn
 
 import parity
-from support import GOLDENS
-from minicpmv_nb import model as model_module, vision
+from support import GOLDENS, golden_checkpoint
+from minicpmv_nb import vision
 from minicpmv_nb.model import MiniCPMV, load
 from minicpmv_nb.tuning import add_adapter
 
 ADAPTER = GOLDENS/'adapter_2.5'
 
 
+@pytest.fixture(scope='module')
+def golden26(tmp_path_factory): return golden_checkpoint(tmp_path_factory.mktemp('golden')/'2.6', '2.6')
+
 def test_parity_holds(golden): assert parity.main(golden) is True
+
+def test_parity_holds_for_2_6(golden26): assert parity.main(golden26) is True
+
+@pytest.mark.parametrize('version', ['2.0', '4.0', '4.5'])
+def test_parity_holds_for_the_others(tmp_path, version): assert parity.main(golden_checkpoint(tmp_path, version)) is True
 
 # Each of these is a plausible mistake with finite outputs of the right shape.
 
-def test_masking_the_padding_of_the_tower_is_noticed(golden, monkeypatch):
-    # Correct in itself, and what the later families do; the original 2.5 attends to its padding.
-    masked = lambda *args: dataclasses.replace(l := vision.layout(*args), attended=l.real)
-    monkeypatch.setattr(model_module, 'layout', masked)
+def test_leaving_out_the_padding_of_the_tower_is_noticed(golden, monkeypatch):
+    # What the later families do, with positions along one line; the original 2.5 has padding up to the longest piece, and attends to it.
+    own = lambda sizes, per_sample, side: [vision.side_positions(h*w, side) for h, w in sizes]
+    monkeypatch.setitem(vision.PLACES, 'strip', own)
     assert parity.main(golden) is False
+
+def test_padding_in_a_later_family_is_noticed(golden26, monkeypatch):
+    def padded(sizes, per_sample, side):
+        longest = max(h*w for h, w in sizes)
+        return [nn.functional.pad(p, (0, longest-len(p))) for p in vision.grid_places(sizes, per_sample, side)]
+    monkeypatch.setitem(vision.PLACES, 'grid', padded)
+    assert parity.main(golden26) is False
 
 def test_the_other_gelu_is_noticed(golden, monkeypatch):
     built = MiniCPMV.__init__
@@ -34,18 +49,34 @@ def test_the_other_gelu_is_noticed(golden, monkeypatch):
     assert parity.main(golden) is False
 
 def test_swapped_sides_of_the_resampler_are_noticed(golden, monkeypatch):
-    straight = vision.grid_positions
-    monkeypatch.setattr(vision, 'grid_positions', lambda l, dim: straight(dataclasses.replace(l, rows=l.cols, cols=l.rows), dim))
+    straight = vision.patch_positions
+    monkeypatch.setattr(vision, 'patch_positions', lambda l, dim: straight(dataclasses.replace(l, rows=l.cols, cols=l.rows), dim))
     assert parity.main(golden) is False
 
 def test_positions_in_two_dimensions_are_noticed(golden, monkeypatch):
     # What the later families do: row and column of a patch, not its place in the strip.
     def grid(sizes, per_sample, side):
-        l = vision.layout(sizes, per_sample, side)
-        place = [(vision.side_positions(h, side)[:, None]*side + vision.side_positions(w, side)).flatten() for h, w in sizes]
-        return dataclasses.replace(l, positions=nn.utils.rnn.pad_sequence(place, batch_first=True))
-    monkeypatch.setattr(model_module, 'layout', grid)
+        longest = max(h*w for h, w in sizes)
+        return [nn.functional.pad(p, (0, longest-len(p))) for p in vision.grid_places(sizes, per_sample, side)]
+    monkeypatch.setitem(vision.PLACES, 'strip', grid)
     assert parity.main(golden) is False
+
+def test_swapped_sides_of_the_tower_are_noticed(golden26, monkeypatch):
+    swapped = lambda sizes, per_sample, side: [(vision.side_positions(h, side)[:, None] + vision.side_positions(w, side)*side).flatten() for h, w in sizes]
+    monkeypatch.setitem(vision.PLACES, 'grid', swapped)
+    assert parity.main(golden26) is False
+
+@pytest.mark.parametrize('key, value', [('scale_emb', 1), ('scale_depth', 1.0), ('dim_model_base', 256)])
+def test_a_missing_scale_of_2_0_is_noticed(tmp_path, key, value):
+    folder = golden_checkpoint(tmp_path, '2.0')
+    config = json.loads((folder/'config.json').read_text())
+    assert config[key] != value
+    (folder/'config.json').write_text(json.dumps(config | {key: value}))
+    assert parity.main(folder) is False
+
+def test_frames_without_time_are_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(vision, 'frame_positions', lambda l, dim: torch.zeros(len(l.times), dim))
+    assert parity.main(golden_checkpoint(tmp_path, '4.5')) is False
 
 @pytest.mark.parametrize('step', [-1, 1])
 def test_shifted_labels_are_noticed(golden, monkeypatch, step):

@@ -8,7 +8,7 @@ from PIL import Image
 from support import QUESTION, entry, talk, write_data
 from minicpmv_nb.batches import SampleDataset, load_data
 from minicpmv_nb.prompts import Processor
-from minicpmv_nb.samples import DataError, check, read_entries
+from minicpmv_nb.samples import DataError, Picture, check, open_picture, read_entries
 
 
 def problems(folder, *entries, **options):
@@ -51,19 +51,16 @@ def test_entry_is_not_an_object(tmp_path, bad, kind):
     assert problems(tmp_path, bad) == [(0, f'The entry is a {kind}.', 'Write an object with id, image and conversations.')]
 
 def test_several_problems_of_one_entry_are_all_named(tmp_path):
-    found = problems(tmp_path, dict(conversations=talk(answer='')))
-    assert [reason for _, reason, _ in found] == ['No id.', 'No image.', 'Turn 1 is empty.']
+    found = problems(tmp_path, dict(image='none.png', conversations=talk(answer='')))
+    assert [reason for _, reason, _ in found] == ['No id.', f'The picture {tmp_path/"none.png"} does not exist.', 'Turn 1 is empty.']
 
 
 # --- the picture -----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('bad', [without('image'), entry(image=None)])
-def test_no_image(tmp_path, bad):
-    assert problems(tmp_path, bad) == [(0, 'No image.', 'Add "image": the path of its picture.')]
-
-@pytest.mark.parametrize('image, kind', [(['dot.png'], 'list'), ({'<image_00>': 'dot.png'}, 'dict'), (3, 'int')])
-def test_image_is_not_a_string(tmp_path, image, kind):
-    assert problems(tmp_path, entry(image=image)) == [(0, f'image is a {kind}.', 'Give one path as a string: each entry has one picture.')]
+@pytest.mark.parametrize('image, kind', [(['dot.png'], 'list'), (3, 'int'), (True, 'bool')])
+def test_image_is_neither_string_nor_dictionary(tmp_path, image, kind):
+    assert problems(tmp_path, entry(image=image)) == [
+        (0, f'image is a {kind}.', 'Give one path as a string, or several as {"<image_00>": path, "<image_01>": path, ...}.')]
 
 def test_picture_does_not_exist(tmp_path):
     assert problems(tmp_path, entry(image='none.png')) == [
@@ -85,6 +82,14 @@ def test_picture_too_large_to_be_true(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
     assert 'is not a readable picture (DecompressionBombError).' in problems(tmp_path, entry())[0][1]
 
+@pytest.mark.parametrize('error', [ValueError, RuntimeError])
+def test_whatever_a_decoder_says_becomes_a_row(tmp_path, monkeypatch, error):
+    # Pillow's plugins for PNG and AVIF raise these for some torn headers.
+    def torn(path): raise error('torn')
+    file = write_data(tmp_path, [entry()])
+    monkeypatch.setattr(Image, 'open', torn)
+    assert [p.reason for p in check(file)[1].problems] == [f'{tmp_path/"dot.png"} is not a readable picture ({error.__name__}).']
+
 def test_truncated_picture_is_found_by_decoding(tmp_path):
     file = truncated(tmp_path/'cut.png')
     assert problems(tmp_path, entry(image='cut.png')) == []  # its header is good
@@ -105,6 +110,64 @@ def test_picture_that_vanished_is_named_when_a_batch_opens_it(tmp_path, tiny):
     (tmp_path/'dot.png').unlink()
     with pytest.raises(ValueError, match=r'sample gone \(entry 0\): .*dot\.png cannot be read'): SampleDataset(samples, processor)[0]
 
+def picture(path, orientation=None, frames=1, **how):
+    "A picture file of 60x40 pixels."
+    exif = Image.Exif()
+    if orientation is not None: exif[0x0112] = orientation
+    first, *more = [Image.new('RGB', (60, 40), colour) for colour in ('red', 'blue', 'green')[:frames]]
+    first.save(path, exif=exif, **(dict(save_all=True, append_images=more) if more else {}), **how)
+    return path
+
+@pytest.mark.parametrize('suffix', ['jpg', 'png', 'webp'])
+def test_exif_rotation_is_counted_and_not_applied(tmp_path, suffix):
+    picture(tmp_path/f'turned.{suffix}', 6)
+    samples, report = check(write_data(tmp_path, [entry('a', f'turned.{suffix}'), entry('b')]))
+    assert report.rotated == 1 and str(report).endswith('; 1 picture carries an EXIF rotation, which is not applied')
+    assert [(p.width, p.height) for p in samples[0].pictures] == [(60, 40)]
+
+@pytest.mark.parametrize('orientation', [None, 0, 1, 9])
+def test_upright_or_meaningless_orientation_is_not_counted(tmp_path, orientation):
+    picture(tmp_path/'a.jpg', orientation)
+    _, report = check(write_data(tmp_path, [entry(image='a.jpg')]))
+    assert report.rotated == 0 and 'EXIF' not in str(report)
+
+def test_rotation_that_pillow_applies_is_not_counted(tmp_path):
+    picture(tmp_path/'a.tiff', 6)
+    samples, report = check(write_data(tmp_path, [entry(image='a.tiff')]))
+    with Image.open(tmp_path/'a.tiff') as im: assert im.convert('RGB').size == (samples[0].pictures[0].width, samples[0].pictures[0].height) == (40, 60)
+    assert report.rotated == 0
+
+@pytest.mark.parametrize('suffix', ['gif', 'png', 'webp', 'tiff'])
+@pytest.mark.parametrize('decode', [False, True])
+def test_animation_is_counted(tmp_path, suffix, decode):
+    picture(tmp_path/f'moves.{suffix}', frames=3)
+    _, report = check(write_data(tmp_path, [entry('a', f'moves.{suffix}'), entry('b')]), decode=decode)
+    assert report.animated == 1 and report.problems == [] and str(report).endswith('; 1 animation, first frame used')
+
+def test_single_frame_and_preview_are_no_animation(tmp_path):
+    picture(tmp_path/'one.gif'); picture(tmp_path/'camera.mpo', frames=2)
+    _, report = check(write_data(tmp_path, [entry('a', 'one.gif'), entry('b', 'camera.mpo')]))
+    assert report.animated == 0 and report.kept == 2
+
+def test_files_are_counted_once_and_in_the_plural(tmp_path):
+    picture(tmp_path/'a.jpg', 3); picture(tmp_path/'b.jpg', 8); picture(tmp_path/'a.gif', frames=2); picture(tmp_path/'b.gif', frames=3)
+    _, report = check(write_data(tmp_path, [entry(str(i), image) for i, image in enumerate(['a.jpg', 'b.jpg', 'a.jpg', 'a.gif', 'b.gif', 'b.gif'])]))
+    assert str(report).endswith('; 2 pictures carry an EXIF rotation, which is not applied; 2 animations, first frame used')
+
+def test_broken_exif_or_second_frame_is_no_problem(tmp_path):
+    # Neither is ever looked at.
+    file = picture(tmp_path/'exif.webp', 6)
+    file.write_bytes(re.sub(rb'EXIF(....)(Exif\0\0)?(MM|II)', rb'EXIF\1\2??', file.read_bytes(), flags=re.S))
+    file = picture(tmp_path/'torn.gif', frames=3)
+    with Image.open(file) as im: im.seek(1); second = im.tile[0].offset
+    file.write_bytes(file.read_bytes()[:second - 8])
+    for decode in (False, True):
+        _, report = check(write_data(tmp_path, [entry('a', 'exif.webp'), entry('b', 'torn.gif')]), decode=decode)
+        assert report.problems == [] and (report.rotated, report.animated) == (0, 0)
+
+def test_open_picture_gives_the_stored_size(tmp_path):
+    assert open_picture(picture(tmp_path/'a.jpg', 6)) == Picture(str(tmp_path/'a.jpg'), 60, 40)
+
 def test_paths_are_relative_to_the_data_file(tmp_path, monkeypatch):
     (tmp_path/'data').mkdir(); (tmp_path/'elsewhere').mkdir()
     file = write_data(tmp_path/'data', [entry(), entry('1', image=str(tmp_path/'data'/'dot.png'))])
@@ -112,6 +175,157 @@ def test_paths_are_relative_to_the_data_file(tmp_path, monkeypatch):
     for path in (file, Path(os.path.relpath(file))):
         samples, report = check(path)
         assert report.problems == [] and all(Path(s.pictures[0].path).samefile(tmp_path/'data'/'dot.png') for s in samples)
+
+
+# --- several pictures ------------------------------------------------------------------------------------------------
+
+TWO = {'<image_00>': 'dot.png', '<image_01>': 'other.png'}
+BOTH = '<image_00>\n<image_01>\nWhat differs?'
+DECLARE = 'or declare it text with extra_image_tags="literal".'
+
+@pytest.fixture
+def album(tmp_path):
+    "A folder with other.png; dot.png comes with the data file."
+    picture(tmp_path/'other.png')
+    return tmp_path
+
+def several(*questions, answer='Red.', image=TWO, **other):
+    return entry(image=image, conversations=[turn for q in questions for turn in talk(answer, q)], **other)
+
+def shown(sample):
+    "The parts of every user turn, pictures by file name."
+    return [[Path(p.path).name if isinstance(p, Picture) else p for p in t.parts] for t in sample.turns if t.role == 'user']
+
+def read_one(folder, one, **options):
+    samples, report = check(write_data(folder, [one]), **options)
+    assert report.problems == []
+    return samples[0]
+
+def test_pictures_come_in_the_order_of_the_text(album):
+    sample = read_one(album, several('<image_01>\nand\n<image_00>\nWhat differs?'))
+    assert shown(sample) == [['other.png', 'and', 'dot.png', 'What differs?']]
+    assert [Path(p.path).name for p in sample.pictures] == ['other.png', 'dot.png']
+
+def test_pictures_of_any_user_turn(album):
+    sample = read_one(album, several('Hello!', '<image_01>\nWhat is it?', 'And this: <image_00>'))
+    assert shown(sample) == [['Hello!'], ['other.png', 'What is it?'], ['And this: ', 'dot.png']]
+
+@pytest.mark.parametrize('text, parts', [
+    ('<image_00><image_01>', ['dot.png', 'other.png']),
+    ('<image_00>\n<image_01>\nQ', ['dot.png', 'other.png', 'Q']),
+    ('<image_00>\n\n<image_01>\n \n', ['dot.png', 'other.png']),
+    ('\nQ\n\n<image_00>\n\nR\n\n<image_01>\n\nS\n', ['\nQ\n', 'dot.png', '\nR\n', 'other.png', '\nS\n']),
+    ('a <image_00> b <image_01> c', ['a ', 'dot.png', ' b ', 'other.png', ' c'])])
+def test_one_line_break_on_each_side_goes_with_the_tag(album, text, parts):
+    assert shown(read_one(album, several(text))) == [parts]
+
+def test_two_tags_may_name_one_file(album):
+    sample = read_one(album, several(BOTH, image=dict.fromkeys(TWO, 'dot.png')))
+    assert shown(sample) == [['dot.png', 'dot.png', 'What differs?']]
+
+def test_dictionary_of_one_is_read_as_such(album):
+    sample = read_one(album, several('Look:\n<image_7>', image={'<image_7>': 'dot.png'}))
+    assert shown(sample) == [['Look:', 'dot.png']]
+
+def test_plain_tag_alone_in_a_dictionary_means_the_string(album):
+    plain, named = read_one(album, entry()), read_one(album, entry(image={'<image>': 'dot.png'}))
+    assert plain == named
+
+def test_numbered_tag_is_text_beside_a_single_picture(album):
+    assert shown(read_one(album, entry(conversations=talk(question='<image>\nWhat does <image_00> mean?')))) == [['dot.png', 'What does <image_00> mean?']]
+
+def test_tag_that_no_text_uses(album):
+    assert problems(album, several('<image_00>\nWhat is it?')) == [
+        (0, '<image_01> is in image, but not in the text.', 'Write <image_01> into a user turn, where the picture belongs, or remove it from image.')]
+
+@pytest.mark.parametrize('questions', [(BOTH + '<image_01>',), (BOTH, 'Again: <image_01>')])
+def test_tag_used_twice(album, questions):
+    assert problems(album, several(*questions)) == [(0, '<image_01> is used 2 times.', 'Use it once; a second tag in image may name the same file.')]
+
+def test_tag_without_a_picture(album):
+    assert problems(album, several(BOTH, '<image_02> or <image_02>?')) == [(0, '<image_02> inside turn 2 is not in image.', f'Add its path to image, correct the tag, {DECLARE}')]
+
+def test_every_wrong_tag_is_named(album):
+    found = problems(album, several('<image_00>, <image_00>, <image_2>, <image_3>'))
+    assert [reason for _, reason, _ in found] == ['<image_2> inside turn 0 is not in image.', '<image_3> inside turn 0 is not in image.',
+        '<image_00> is used 2 times.', '<image_01> is in image, but not in the text.']
+
+@pytest.mark.parametrize('question', ['<image_00>\nWhat is it?', BOTH])
+@pytest.mark.parametrize('literal', ['report', 'literal'])
+def test_tag_in_an_answer_is_no_picture(album, question, literal):
+    assert problems(album, several(question, answer='As in <image_01>.'), extra_image_tags=literal)[0] == (
+        0, "<image_01> inside turn 1, which is of role 'assistant'.", 'Only a user turn shows pictures: move the tag there, or remove it.')
+
+def test_tag_in_a_system_turn_is_no_picture(album):
+    system = [dict(role='system', content='Compare with <image_01>.')]
+    assert problems(album, entry(image=TWO, conversations=system + talk(question='<image_00>\nWhat is it?'))) == [
+        (0, "<image_01> inside turn 0, which is of role 'system'.", 'Only a user turn shows pictures: move the tag there, or remove it.')]
+
+@pytest.mark.parametrize('question, answer, turn', [('<image>\n' + BOTH, 'Red.', 0), (BOTH, 'Write <image>.', 1)])
+def test_plain_tag_among_numbered_ones(album, question, answer, turn):
+    assert problems(album, several(question, answer=answer)) == [
+        (0, f'<image> inside turn {turn}.', f'The entry has several pictures: write the tag of one, such as <image_00>, {DECLARE}')]
+
+def test_literal_keeps_the_tags_of_the_dictionary(album):
+    sample = read_one(album, several('<image> and <image_9>\n' + BOTH, answer='No <image_9>, no <image>.'), extra_image_tags='literal')
+    assert shown(sample) == [['<image> and <image_9>', 'dot.png', 'other.png', 'What differs?']] and sample.turns[1].parts == ('No <image_9>, no <image>.',)
+    assert problems(album, several('<image_00>, <image_00>'), extra_image_tags='literal') == [
+        (0, '<image_00> is used 2 times.', 'Use it once; a second tag in image may name the same file.'),
+        (0, '<image_01> is in image, but not in the text.', 'Write <image_01> into a user turn, where the picture belongs, or remove it from image.')]
+
+@pytest.mark.parametrize('key', ['image_00', '<image_>', '<image_0a>', ' <image_01>', '', '<image>'])
+def test_key_that_is_no_tag(album, key):
+    assert problems(album, several(BOTH, image={'<image_00>': 'dot.png', key: 'other.png'})) == [
+        (0, f'{key!r} in image is not a tag.', 'Name several pictures <image_00>, <image_01>, ..., as in the text.')]
+
+def test_empty_dictionary(album):
+    assert problems(album, several('What is it?', image={})) == [(0, 'image is an empty dictionary.', 'Remove image from an entry that is text only, or name its pictures.')]
+
+@pytest.mark.parametrize('path, kind', [(None, 'NoneType'), (['dot.png'], 'list'), (3, 'int')])
+def test_path_is_not_a_string(album, path, kind):
+    assert problems(album, several(BOTH, image={**TWO, '<image_01>': path})) == [(0, f'<image_01>: The path is a {kind}.', 'Give it as a string.')]
+    assert problems(album, entry(image={'<image>': path})) == [(0, f'<image>: The path is a {kind}.', 'Give it as a string.')]
+
+def test_unusable_picture_is_named_by_its_tag(album):
+    (album/'text.png').write_text('no picture')
+    assert problems(album, several(BOTH, image={'<image_00>': 'none.png', '<image_01>': 'text.png'})) == [
+        (0, f'<image_00>: The picture {album/"none.png"} does not exist.', f'Paths are relative to {album}: correct the path or add the file.'),
+        (0, f'<image_01>: {album/"text.png"} is not a readable picture (UnidentifiedImageError).', 'Replace the file, with 8 bits per colour, or remove the entry.')]
+
+def test_unusable_picture_does_not_hide_wrong_tags(album):
+    found = problems(album, several('<image_00>', image={**TWO, '<image_00>': 'none.png'}))
+    assert [reason for _, reason, _ in found] == [f'<image_00>: The picture {album/"none.png"} does not exist.', '<image_01> is in image, but not in the text.']
+
+
+# --- no picture ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('extra', [{}, dict(image=None)])
+def test_text_only_is_counted(tmp_path, extra):
+    texts = [dict(id=str(i), conversations=talk(question=QUESTION)) | extra for i in range(3)]
+    samples, report = check(write_data(tmp_path, [*texts, entry('x')]))
+    assert report.text_only == 3 and str(report).endswith('; 3 without a picture')
+    assert samples[0].pictures == [] and samples[0].turns[0].parts == (QUESTION,)
+
+def test_no_text_only_no_word(tmp_path):
+    assert str(check(write_data(tmp_path, [entry()]))[1]).endswith('1 entries, 1 good, 0 bad')
+
+@pytest.mark.parametrize('tag', ['<image>', '<image_00>'])
+@pytest.mark.parametrize('conversations', [talk(question='{}\nWhat is it?'), talk('{} {}', 'What is it?')])
+def test_tag_without_an_image(tmp_path, tag, conversations):
+    conversations = [turn | dict(content=turn['content'].replace('{}', tag)) for turn in conversations]
+    bad = without('image') | dict(conversations=conversations)
+    assert problems(tmp_path, bad) == [(0, f'The text has {tag}, but the entry has no image.', f'Add image, or remove the tag, {DECLARE}')]
+    samples, report = check(write_data(tmp_path, [bad]), extra_image_tags='literal')
+    assert report.text_only == 1 and [t.parts for t in samples[0].turns] == [(t['content'],) for t in conversations]
+
+@pytest.mark.parametrize('key', ['images', 'img', 'Image', 'image_path', 'image_file', 'picture', 'iamge', 'image1'])
+@pytest.mark.parametrize('extra', [{}, dict(image=None)])
+def test_misspelt_image(tmp_path, key, extra):
+    assert problems(tmp_path, without('image') | extra | {key: 'dot.png'}) == [(0, f'No image, but a key {key}.', f'Rename {key} to image.')]
+
+@pytest.mark.parametrize('other', [dict(message='x'), dict(image_id='x'), dict(image_size='x'), dict(page='x'), dict(language='x'), dict(source='x'), dict(images=[]), dict(img=None)])
+def test_other_keys_are_not_image(tmp_path, other):
+    assert problems(tmp_path, dict(id='0', conversations=talk(question=QUESTION)) | other) == []
 
 
 # --- the conversation ------------------------------------------------------------------------------------------------
@@ -126,15 +340,33 @@ def test_no_conversations(tmp_path, bad):
 def test_turn_without_role_or_content(tmp_path, turn):
     assert problems(tmp_path, entry(conversations=[talk()[0], turn])) == [(0, 'Turn 1 has no role and content.', 'Write {"role": ..., "content": ...}.')]
 
-ALTERNATE = 'Roles alternate: user, assistant, user, ...'
+ALTERNATE = 'Roles alternate: user, assistant, user, ... after at most one system turn.'
 
 def test_roles_do_not_alternate(tmp_path):
     twice = [*talk(), dict(role='assistant', content='Really.')]
     assert problems(tmp_path, entry(conversations=twice)) == [(0, "Turn 2 has role 'assistant', expected 'user'.", ALTERNATE)]
 
-def test_system_turn(tmp_path):
-    found = problems(tmp_path, entry(conversations=[dict(role='system', content='Be brief.'), *talk()]))
-    assert found[0] == (0, "Turn 0 has role 'system', expected 'user'.", ALTERNATE)
+SYSTEM = dict(role='system', content='Be brief.')
+
+def test_system_turn_comes_before_the_picture(tmp_path):
+    samples, report = check(write_data(tmp_path, [entry('a', conversations=[SYSTEM, *talk()]), entry('b', conversations=[SYSTEM, *talk(question=QUESTION)])]))
+    assert report.problems == [] and report.tags_added == 1 and samples[0].turns == samples[1].turns
+    assert [t.role for t in samples[0].turns] == ['system', 'user', 'assistant'] and samples[0].turns[0].parts == ('Be brief.',)
+    assert isinstance(samples[0].turns[1].parts[0], Picture) and samples[0].turns[1].parts[1:] == (QUESTION,)
+
+def test_system_turn_with_several_pictures_or_none(album):
+    assert shown(read_one(album, entry(image=TWO, conversations=[SYSTEM, *talk(question=BOTH)]))) == [['dot.png', 'other.png', 'What differs?']]
+    assert shown(read_one(album, without('image') | dict(conversations=[SYSTEM, *talk(question=QUESTION)]))) == [[QUESTION]]
+
+def test_system_turn_elsewhere(tmp_path):
+    assert problems(tmp_path, entry(conversations=[*talk(), SYSTEM]))[0] == (0, "Turn 2 has role 'system', expected 'user'.", ALTERNATE)
+    assert problems(tmp_path, entry(conversations=[SYSTEM, SYSTEM, *talk()]))[0] == (0, "Turn 1 has role 'system', expected 'user'.", ALTERNATE)
+
+def test_system_turn_is_empty(tmp_path):
+    assert problems(tmp_path, entry(conversations=[SYSTEM | dict(content=' '), *talk()])) == [(0, 'Turn 0 is empty.', 'Write its text, or remove the turn.')]
+
+def test_tag_in_a_system_turn(tmp_path):
+    assert problems(tmp_path, entry(conversations=[SYSTEM | dict(content='<image>\nBe brief.'), *talk()])) == [(0, '<image> inside turn 0.', MISPLACED)]
 
 def test_assistant_begins(tmp_path):
     found = problems(tmp_path, entry(conversations=talk()[::-1]))
@@ -144,17 +376,19 @@ def test_assistant_begins(tmp_path):
 def test_content_is_empty_or_no_string(tmp_path, content):
     assert problems(tmp_path, entry(conversations=talk(answer=content))) == [(0, 'Turn 1 is empty.', 'Write its text, or remove the turn and its partner.')]
 
-def test_no_answer(tmp_path):
-    assert problems(tmp_path, entry(conversations=talk()[:1])) == [(0, 'No answer.', 'Add an assistant turn: it is what the model learns.')]
+@pytest.mark.parametrize('turns', [talk()[:1], [SYSTEM], [SYSTEM, *talk()[:1]]])
+def test_no_answer(tmp_path, turns):
+    assert problems(tmp_path, entry(conversations=turns)) == [(0, 'No answer.', 'Add an assistant turn: it is what the model learns.')]
 
-def test_question_after_the_last_answer_is_no_problem(tmp_path):
-    # It is read and not taught, as in the official script.
-    assert problems(tmp_path, entry(conversations=[*talk(), dict(role='user', content='And now?')])) == []
+@pytest.mark.parametrize('before', [[], [SYSTEM]])
+def test_question_after_the_last_answer(tmp_path, before):
+    assert problems(tmp_path, entry(conversations=[*before, *talk(), dict(role='user', content='And now?')])) == [
+        (0, 'The last turn is a question without an answer.', 'Add the answer, or remove the turn: it would teach nothing.')]
 
 
 # --- the tag ---------------------------------------------------------------------------------------------------------
 
-MISPLACED = 'Put it at the beginning of the first turn, or declare it text with extra_image_tags="literal".'
+MISPLACED = 'Put it at the beginning of the first user turn, or declare it text with extra_image_tags="literal".'
 
 def test_missing_tag_is_put_first_and_counted(tmp_path):
     samples, report = check(write_data(tmp_path, [entry('a', conversations=talk(question=QUESTION)), entry('b')]))
@@ -227,6 +461,12 @@ def test_utf8_is_read_whatever_the_locale(tmp_path):
     code = f'from minicpmv_nb.samples import check; print(ascii(check({str(file)!r})[0][0].id))'
     done = subprocess.run([sys.executable, '-X', 'utf8=0', '-c', code], env=os.environ | dict(LC_ALL='C', PYTHONCOERCECLOCALE='0'), capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ascii('Käse')
+
+
+def test_report_is_plain_data(tmp_path):
+    # A run keeps it as JSON.
+    _, report = check(write_data(tmp_path, [entry(), without('id')]))
+    assert json.loads(json.dumps(vars(report) | dict(problems=report.rows())))['text_only'] == 0
 
 
 # --- length, and what becomes of bad entries -------------------------------------------------------------------------
