@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['GUIDE_LORA_TARGETS', 'TYPES', 'CHOICES', 'POSITIVE', 'GUIDE', 'NAMES', 'DEFAULTS', 'OTHER_NAMES', 'NO_EFFECT',
            'TORCHRUN', 'Config', 'lora', 'full', 'from_flags', 'to_flags', 'flag_help', 'from_script', 'zero_stage',
-           'deepspeed_json', 'deepspeed_notes', 'save_config', 'load_config', 'write_json']
+           'deepspeed_json', 'deepspeed_notes', 'save_config', 'load_config', 'write_json', 'write_status',
+           'read_status', 'read_metrics']
 
 # %% ../nbs/01_config.ipynb #51096afc
-import difflib, json, os, re, shlex
+import difflib, json, os, re, shlex, time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import get_args
@@ -335,3 +336,27 @@ def write_json(
     aside = Path(f'{path}.{os.getpid()}.part')
     aside.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding='utf-8')
     os.replace(aside, path)
+
+# %% ../nbs/01_config.ipynb #7ebf85d3
+def write_status(
+    folder:str|Path, # The run folder
+    state:str, # starting, running, stopped, failed or done
+    **also, # step, steps, error
+)->None:
+    "Replace status.json, keeping what is known already."
+    write_json(Path(folder)/'status.json', read_status(folder) | dict(state=state, heartbeat=round(time.time(), 1)) | also)
+
+def read_status(
+    folder:str|Path, # The run folder
+)->dict: # state, step, steps, pid, error, heartbeat; empty where there is none, or a broken one
+    "What a run says of itself."
+    try: return json.loads((Path(folder)/'status.json').read_text())
+    except (FileNotFoundError, json.JSONDecodeError): return {}
+
+def read_metrics(
+    folder:str|Path, # The run folder
+)->list[dict]: # One dictionary per logged step
+    "What a run has logged. A line that is just being written is left for the next reading."
+    file = Path(folder)/'metrics.jsonl'
+    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith('\n')]

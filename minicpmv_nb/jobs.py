@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .batches import load_data
-from .config import Config, deepspeed_json, deepspeed_notes, load_config, save_config, to_flags, write_json
+from .config import Config, deepspeed_json, deepspeed_notes, load_config, read_metrics, read_status, save_config, to_flags, write_json, write_status
 from .families import check_llm_type, find_family, read_config, resolve
 from .plots import plot_run
 from .prompts import Processor
-from .training import facts, fit_precision, newest_checkpoint, read_metrics, read_status, refuse_foreign, write_status
+from .training import facts, fit_precision, newest_checkpoint, refuse_foreign
 
 # %% ../nbs/12_jobs.ipynb #36ae16b8
 def fit_machine(

@@ -6,7 +6,7 @@
 __all__ = ['NOT_LLM', 'TINY', 'TINY_TOWER', 'LEFT_OUT_SIZE', 'WEIGHTS', 'LEFT_BY_TRAINING', 'NOTES', 'place', 'shift',
            'token_losses', 'llm_config', 'ScaledEmbedding', 'ScaledHead', 'ScaledAttention', 'ScaledMLP', 'scale_llama',
            'MiniCPMV', 'tiny_checkpoint', 'processor_settings', 'weight_files', 'read_tensor', 'tensor_shapes',
-           'check_shapes', 'say', 'left_out', 'check_weights', 'load', 'copy_rest', 'set_max_slices',
+           'check_shapes', 'say', 'left_out', 'check_weights', 'load', 'fill', 'copy_rest', 'set_max_slices',
            'write_checkpoint', 'aside', 'into_place', 'save', 'fingerprint', 'adapter_notes', 'generate']
 
 # %% ../nbs/06_model.ipynb #87c08460
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
@@ -204,11 +204,12 @@ def processor_settings(
 def weight_files(
     folder:str|Path, # A checkpoint folder
 )->dict[str,Path]: # The file of every tensor
-    "Which safetensors file holds which tensor. Raises `FileNotFoundError` for missing files, also when only pickles are there."
+    "Which safetensors file holds which tensor. Raises `FileNotFoundError` for missing files, also when only pickles are there, and `ValueError` for broken ones."
     folder = Path(folder)
     index = folder/'model.safetensors.index.json'
     if index.is_file():
-        files = {name: folder/file for name, file in json.loads(index.read_text())['weight_map'].items()}
+        try: files = {name: folder/file for name, file in json.loads(index.read_text())['weight_map'].items()}
+        except (json.JSONDecodeError, KeyError, AttributeError) as e: raise ValueError(f'{index} is not an index of weights: download it again.') from e
         missing = sorted({f.name for f in files.values() if not f.is_file()})
         if missing: raise FileNotFoundError(f'{folder} lacks {", ".join(missing)}, named in {index.name}. Download the model again, all files.')
         return files
@@ -216,7 +217,9 @@ def weight_files(
     if not single.is_file():
         pickles = ' It has .bin files, which are pickles and not read here: convert them to safetensors.' if list(folder.glob('*.bin')) else ''
         raise FileNotFoundError(f'{folder} has no model.safetensors.{pickles}')
-    with safe_open(single, 'pt') as f: return {name: single for name in f.keys()}
+    try:
+        with safe_open(single, 'pt') as f: return {name: single for name in f.keys()}
+    except SafetensorError as e: raise ValueError(f'{single} is not a complete safetensors file ({e}): download it again.') from e
 
 def read_tensor(
     file:Path, # A safetensors file
@@ -242,7 +245,7 @@ def check_shapes(
     "Compare tensors with the model's. Raises `ValueError` listing what is missing, unexpected or of another shape."
     parts = [('missing', sorted(want.keys() - have.keys())), ('unexpected', sorted(have.keys() - want.keys())),
         ('of another shape', [f'{n} {have[n]} instead of {want[n]}' for n in sorted(have.keys() & want.keys()) if have[n] != want[n]])]
-    said = [f'{len(names)} tensors {what}: {", ".join(names[:5])}{" ..." if len(names) > 5 else ""}' for what, names in parts if names]
+    said = [f'{len(names)} tensor{"s"*(len(names) > 1)} {what}: {", ".join(names[:5])}{" ..." if len(names) > 5 else ""}' for what, names in parts if names]
     if said: raise ValueError(f'{folder} does not hold the weights its config.json describes. ' + '; '.join(said))
 
 def say(
@@ -264,6 +267,7 @@ def check_weights(
     "Compare a folder's tensors with the model its `config.json` describes, from headers alone. Raises `FileNotFoundError` or `ValueError` naming what does not fit."
     files, config = weight_files(folder), read_config(folder)
     family = find_family(config, str(Path(folder)/'config.json'))
+    if 'quantization_config' in config: raise ValueError(f'{folder} is a quantised checkpoint. It can be used for QLoRA (q_lora=True) and to chat; take the bf16 checkpoint for everything else.')
     unused = left_out(files, family)
     if unused: say(f'{family.title}: {len(unused)} tensors of {", ".join(sorted({n.split(".")[0] for n in unused}))} are left out here; saving and merging keep them.')
     if family.unconfirmed: say(f'{family.title}: {family.unconfirmed}. Compare a few of its answers with the official code before you train.')
@@ -277,14 +281,23 @@ def load(
     device:str|torch.device='cpu', # Where they go
 )->MiniCPMV: # In evaluation mode
     "Load a checkpoint strictly, running none of its code. Raises as `check_weights`."
-    from tqdm.auto import tqdm
     model, files = check_weights(folder)
+    fill(model, files, dtype, device)
+    return model.eval()
+
+def fill(
+    model:MiniCPMV, # On the meta device
+    files:dict[str,Path], # The file of every tensor
+    dtype:torch.dtype, # Precision of the weights
+    device:str|torch.device, # Where they go
+)->None:
+    "Read tensors into a model, file by file."
+    from tqdm.auto import tqdm
     for file in tqdm(sorted(set(files.values())), desc='loading weights', delay=3):
         with safe_open(file, 'pt', device=str(device)) as f:
             model.load_state_dict({n: f.get_tensor(n).to(dtype) for n in f.keys() if files.get(n) == file}, strict=False, assign=True)
     rotary = model.llm.model.rotary_emb # its frequencies are computed, not stored
     model.llm.model.rotary_emb = type(rotary)(config=model.config).to(device)
-    return model.eval()
 
 # %% ../nbs/06_model.ipynb #60886225
 WEIGHTS = ('*.safetensors', '*.bin', '*.safetensors.index.json', '*.bin.index.json', '.git', '.cache', '*.part')

@@ -8,7 +8,7 @@ __all__ = ['COLOURS', 'running_mean', 'plot_metrics', 'plot_run']
 # %% ../nbs/11_plots.ipynb #9d75285b
 from pathlib import Path
 
-from .training import read_metrics
+from .config import read_metrics
 
 # %% ../nbs/11_plots.ipynb #d16822b8
 def running_mean(

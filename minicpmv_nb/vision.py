@@ -189,6 +189,8 @@ def through(
 
 class VisionTower(nn.Module):
     "The official `vpm` from 2.5 on: patches in, one vector per place out."
+    quantized = r'encoder\.layers\.\d+\.(self_attn\.[qkv]_proj|mlp\.fc[12])' # Linear layers that official int4 folders quantise
+
     def __init__(self, c:dict): # Sizes, from `families.vision_config`
         super().__init__()
         self.embeddings = PatchEmbeddings(c)
@@ -232,6 +234,8 @@ class TimmBlock(nn.Module):
 
 class TimmTower(nn.Module):
     "The official `vpm` of 2.0."
+    quantized = r'blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])' # Linear layers that official int4 folders quantise
+
     def __init__(self, c:dict): # Sizes, from `families.vision_config`
         super().__init__()
         self.side = c['image_size']//c['patch_size']

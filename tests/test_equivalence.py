@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minicpmv_nb.config import read_metrics
 from minicpmv_nb.model import tiny_checkpoint
 from support import ANSWERS, QUESTION, TESTS, draw_mixed, flags, run_ranks
-from minicpmv_nb.training import read_metrics
 
 STEPS = 3
 SPREADS = {'batch 4': (1, 4, 1), '1 x 4': (1, 1, 4), '2 ranks x 2': (2, 2, 1)}  # ranks, batch, accumulation
