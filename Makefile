@@ -1,6 +1,6 @@
 # PYTHON is only used to make the environment; FAMILY picks the checkpoint family of the demo; NB picks notebooks.
 PYTHON ?= python3
-EXTRAS ?= dev,tensorboard
+EXTRAS ?= dev,tensorboard,qlora
 VENV := .venv/.installed
 PY := .venv/bin/python
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .prompts import Encoded, Processor, encode, find_long
-from .samples import DataError, Report, Sample, check
+from .prompts import Encoded, Processor, encode, find_long, split_thought, thought_faults
+from .samples import DataError, Problem, Report, Sample, check
 from .slicing import SlicePlan, cut, to_strip
 
 # %% ../nbs/07_batches.ipynb #fbf495b5
@@ -29,14 +29,20 @@ def load_data(
     "Check a file against the guide's rules and the checkpoint's length. Raises `DataError` with one row per problem, or when nothing is left."
     samples, report = check(path, extra_image_tags, decode)
     lengths, long = find_long(samples, processor, max_length, str(path))
+    long += _thoughts(samples, str(path)) if processor.family.template.think else []
     report.problems = sorted(report.problems + long, key=lambda p: p.entry)
     bad = {p.entry for p in long}
     samples = [s for s in samples if s.entry not in bad]
     report.kept = len(samples)
-    if processor.family.template.think: report.thoughts = sum('</think>' in p for s in samples for t in s.turns[:-1] if t.role == 'assistant' for p in t.parts)
+    if processor.family.template.think: report.thoughts = sum(bool(split_thought(text)[0]) for s in samples for _, text in _answers(s)[:-1])
     if lengths: report.tokens = dict(longest=max(lengths), mean=round(sum(lengths)/len(lengths), 1), model_max_length=max_length)
     if report.problems and bad_samples == 'error' or not samples: raise DataError(report)
     return samples, report
+
+def _answers(sample:Sample): return [(i, t.parts[0]) for i, t in enumerate(sample.turns) if t.role == 'assistant'] # (turn, text)
+
+def _thoughts(samples:list[Sample], file:str)->list[Problem]: # What thinking in an answer would lose
+    return [Problem(file, s.entry, s.id, f'Turn {i} {reason}.', fix) for s in samples for i, text in _answers(s) for reason, fix in thought_faults(text)]
 
 def data_hash(
     path:str|Path, # A data file

@@ -15,8 +15,9 @@ import torch
 
 from .batches import collate, open_all, picture_tensors
 from .families import resolve
-from .model import adapter_notes, generate, load
+from .model import adapter_notes, generate
 from .prompts import Processor, encode, split_thought
+from .quantizing import load_any
 from .samples import DataError, Picture, Sample, Turn, check
 from .tuning import add_adapter
 
@@ -35,11 +36,11 @@ class Chat:
         dtype:torch.dtype|None=None, # None: bfloat16 on a GPU that has it, float32 on a CPU
         max_slices:int|None=None, # None: what the adapter was trained with, or what the checkpoint says
     )->'Chat':
-        "Load a checkpoint to talk to. Raises as `model.load` and `tuning.add_adapter`."
+        "Load a checkpoint to talk to, quantised or not. Raises as `quantizing.load_any` and `tuning.add_adapter`."
         device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-        if dtype is None: dtype = torch.float32 if device == 'cpu' else torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        if dtype is None: dtype = torch.float32 if device == 'cpu' else torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         folder, _ = resolve(str(folder))
-        model = load(folder, dtype, device)
+        model = load_any(folder, dtype, device)
         return cls(model if adapter is None else add_adapter(model, adapter), Processor.from_folder(folder, max_slices or adapter_notes(adapter or folder).get('max_slice_nums')))
 
     def answer(self,
@@ -54,7 +55,7 @@ class Chat:
         device = next(self.model.parameters()).device
         inputs = {k: v.to(device) for k, v in batch.items() if k not in ('ids', 'labels')}
         said = self.processor.tokenizer.decode(generate(self.model, inputs, self.processor.end_ids, **how), skip_special_tokens=False)
-        return (self.processor.family.template.think[0]*thinking + said if thinking else said).strip()
+        return ((self.processor.family.template.think[0] if thinking else '') + said).strip()
 
 # %% ../nbs/14_chat.ipynb #4fef4c11
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def _chat(self,
     talk = talk or Talk((Turn('system', (system,)),) if system else ())
     turns, seen = (*talk.turns, Turn('user', (*(Picture('', *im.size) for im in opened), question))), (*talk.pictures, *opened)
     said = self.answer(turns, list(seen), **how)
-    return said, Talk((*turns, Turn('assistant', (said,))), seen)
+    kept = split_thought(said)[1] if how.get('thinking') else said # a thought that did not come to its end is not part of the conversation
+    return said, Talk((*turns, Turn('assistant', (kept,))), seen)
 
 Chat.chat = _chat
 
@@ -88,20 +90,21 @@ def answer_file(
     path:str|Path, # A file in the guide's format
     grey:bool=False, # Show a grey picture of the same size instead
     limit:int|None=None, # Entries at most
+    extra_image_tags:str='report', # As for training
     **how, # `max_new_tokens`, `temperature`, `top_p`
 )->list[dict]: # id, question, expected, answer
     "Ask the first question of every entry. Raises `DataError` when the file has bad entries."
     from PIL import Image
     from tqdm.auto import tqdm
-    samples, report = check(path)
+    samples, report = check(path, extra_image_tags)
     if report.problems: raise DataError(report)
-    found = []
+    found, said = [], lambda text: split_thought(text)[1] if chat.processor.family.template.think else text
     for s in tqdm(samples[:limit], desc=f'asking {Path(path).name}', delay=3):
         pictures = [Image.new('RGB', (p.width, p.height), (128, 128, 128)) for p in s.pictures] if grey else open_all(s)
         asked = s.turns[:[t.role for t in s.turns].index('assistant')] # a system prompt, perhaps, and the first question
         shown = sum(isinstance(p, Picture) for t in asked for p in t.parts)
-        text, expected = ' '.join(p for p in asked[-1].parts if isinstance(p, str)), split_thought(s.turns[len(asked)].parts[0])[1]
-        found.append(dict(id=s.id, question=text, expected=expected, answer=chat.answer(asked, pictures[:shown], **how)))
+        text, expected = ' '.join(p for p in asked[-1].parts if isinstance(p, str)), said(s.turns[len(asked)].parts[0])
+        found.append(dict(id=s.id, question=text, expected=expected, answer=said(chat.answer(asked, pictures[:shown], **how))))
     return found
 
 def exact_match(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GUIDE_LORA_TARGETS', 'TYPES', 'CHOICES', 'POSITIVE', 'GUIDE', 'NAMES', 'DEFAULTS', 'OTHER_NAMES', 'NO_EFFECT',
-           'TORCHRUN', 'Config', 'lora', 'full', 'from_flags', 'to_flags', 'flag_help', 'from_script', 'zero_stage',
-           'deepspeed_json', 'deepspeed_notes', 'save_config', 'load_config', 'write_json', 'write_status',
-           'read_status', 'read_metrics']
+           'TORCHRUN', 'Config', 'lora', 'qlora', 'full', 'from_flags', 'to_flags', 'flag_help', 'from_script',
+           'zero_stage', 'deepspeed_json', 'deepspeed_notes', 'save_config', 'load_config', 'write_json',
+           'write_status', 'read_status', 'read_metrics']
 
 # %% ../nbs/01_config.ipynb #51096afc
 import difflib, json, os, re, shlex, time
@@ -28,7 +28,8 @@ class Config:
     revision: str|None = None # Branch, tag or commit of a hub id
     # what trains
     use_lora: bool = False # Train low-rank updates of `lora_target_modules` instead of the whole language model
-    q_lora: bool = False # Quantise the frozen weights; not available yet
+    q_lora: bool = False # Keep the frozen layers of the language model in four bits (nf4); needs bitsandbytes
+    quantize_vision: bool = False # The same for the vision tower, which then cannot be trained
     tune_llm: bool = False # Train the language model in full; not together with LoRA
     tune_vision: bool = False # Train the vision tower in full; doubles its memory under LoRA (PEFT keeps the original)
     tune_resampler: bool = True # Train the resampler in full; the official script always does
@@ -103,7 +104,9 @@ POSITIVE = ('model_max_length', 'max_slice_nums', 'per_device_train_batch_size',
 def _rules(c:Config): # Pairs of (is it wrong, what to say)
     parts = c.use_lora or c.tune_llm or c.tune_vision or c.tune_resampler or c.tune_embeddings
     return [(c.use_lora and c.tune_llm, 'use_lora and tune_llm exclude each other: LoRA exists to leave the language model frozen. Set one of them to false.'),
-        (c.q_lora, 'q_lora is not available yet: use use_lora=True without it.'),
+        (c.q_lora and not c.use_lora, 'q_lora trains LoRA on four-bit weights: set use_lora=True as well.'),
+        (c.quantize_vision and not c.q_lora, 'quantize_vision belongs to QLoRA: set q_lora=True, or leave it out.'),
+        (c.quantize_vision and c.tune_vision, 'quantize_vision and tune_vision exclude each other: four-bit weights cannot be trained. Set one of them to false.'),
         (c.fp16 and c.bf16, 'fp16 and bf16 exclude each other: choose bf16 where the GPU has it.'),
         (c.do_eval and not c.eval_data_path, 'do_eval needs eval_data_path: give a file, or set do_eval=False.'),
         (not parts, 'nothing would train: set use_lora, tune_llm, tune_vision or tune_resampler.'),
@@ -154,6 +157,15 @@ def lora(
     "The guide's LoRA run. Raises `TypeError` for an unknown name, `ValueError` for a value that cannot work."
     base = dict(GUIDE, use_lora=True, tune_llm=False, do_eval=eval_data_path is not None)
     return _make(dict(base, model_name_or_path=model_name_or_path, data_path=data_path, eval_data_path=eval_data_path) | changes)
+
+def qlora(
+    model_name_or_path:str, # Checkpoint folder or hub id, quantised or not
+    data_path:str, # Training file
+    eval_data_path:str|None=None, # Evaluation file; None: no evaluation
+    **changes, # Any field of `Config`
+)->Config: # With the values of the guide's QLoRA script
+    "The guide's LoRA run on four-bit weights. Raises as `lora`."
+    return lora(model_name_or_path, data_path, eval_data_path, **dict(q_lora=True, tune_vision=False) | changes)
 
 def full(
     model_name_or_path:str, # Checkpoint folder or hub id

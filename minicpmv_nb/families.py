@@ -27,6 +27,7 @@ class Template:
     system_role: bool = True # False: a system prompt is written at the head of the first question
     default_system: str|None = None # The system prompt of a conversation without one
     think: tuple[str,str]|None = None # What stands before and after the thinking in front of an answer
+    alone: bool = False # Whether the official training tokenises every turn by itself, not as the continuation of what stands before it
 
     def opening(self, role:str)->str: # The opening of a turn of this role
         "`open` with its role filled in."
@@ -116,7 +117,7 @@ QWEN_TOKENS = dict(bos='<|im_start|>', eos='<|im_end|>', pad='<|endoftext|>')
 
 # %% ../nbs/00_families.ipynb #bfbd8ea2
 V20 = Family(name='2.0', title='MiniCPM-V 2.0', version=None, hub_id='openbmb/MiniCPM-V-2', llm_type='minicpm', llm_config='LlamaConfig', llm_class='LlamaForCausalLM',
-    template=Template(start='<s>', open='{role}', close='</s>', names=(('user', '<用户>'), ('assistant', '<AI>')), closes_all=False, system_role=False),
+    template=Template(start='<s>', open='{role}', close='</s>', names=(('user', '<用户>'), ('assistant', '<AI>')), closes_all=False, system_role=False, alone=True),
     markup=PictureMarkup(), end_tokens=('</s>',), parameters=3_434_965_792, tower='timm', scaled=True, query_positions=True, processor_file=False,
     unconfirmed='its tokenizer.json could not be compared with the official Python tokenizer',
     official=COMMON | dict(hidden_size=2304, intermediate_size=5760, num_hidden_layers=40, num_attention_heads=36, num_key_value_heads=36, vocab_size=122753, rms_norm_eps=1e-5,
@@ -139,7 +140,7 @@ V25 = Family(name='2.5', title='MiniCPM-Llama3-V 2.5', version='2.5', hub_id='op
 V26 = Family(name='2.6', title='MiniCPM-V 2.6', version='2.6', hub_id='openbmb/MiniCPM-V-2_6', llm_type='qwen', other_llm_types=('qwen2',), llm_config='Qwen2Config', llm_class='Qwen2ForCausalLM',
     template=replace(CHATML, default_system='You are a helpful assistant.'), markup=SLICE_MARKERS, end_tokens=('<|im_end|>', '<|endoftext|>'), parameters=8_099_175_152,
     official=BATCHED | dict(version=2.6, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=151666,
-        rms_norm_eps=1e-6, rope_theta=1000000.0, max_position_embeddings=32768, use_sliding_window=False, sliding_window=None, max_window_layers=28, bos_token_id=151643,
+        rms_norm_eps=1e-6, rope_theta=1000000.0, rope_scaling=None, max_position_embeddings=32768, use_sliding_window=False, sliding_window=None, max_window_layers=28, bos_token_id=151643,
         eos_token_id=151645, query_num=64, vision_config=SIGLIP | dict(model_type='siglip')),
     stand_in=StandIn(specials=('<|endoftext|>', '<|im_start|>', '<|im_end|>', *PICTURE_TOKENS, '<image_id>', '</image_id>', '<unk>'), **QWEN_TOKENS),
     tiny=SMALL_SLICES)

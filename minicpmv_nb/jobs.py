@@ -16,6 +16,7 @@ from .config import Config, deepspeed_json, deepspeed_notes, load_config, read_m
 from .families import check_llm_type, find_family, read_config, resolve
 from .plots import plot_run
 from .prompts import Processor
+from .quantizing import refuse_four_bit
 from .training import facts, fit_precision, newest_checkpoint, refuse_foreign
 
 # %% ../nbs/12_jobs.ipynb #36ae16b8
@@ -198,7 +199,7 @@ def _fill_in(cfg:Config)->Config: # Absolute paths, processes, port, precision
     asked, cfg = cfg, fit_machine(cfg, gpus)
     check_port(cfg)
     if cfg.use_cpu and not asked.use_cpu: print('No GPU was found: training on the CPU.')
-    cfg, notes = fit_precision(cfg, not cfg.use_cpu, not cfg.use_cpu and torch.cuda.is_bf16_supported())
+    cfg, notes = fit_precision(cfg, not cfg.use_cpu, not cfg.use_cpu and torch.cuda.is_bf16_supported(including_emulation=False))
     for note in notes + deepspeed_notes(cfg): print(note)
     paths = ('data_path', 'eval_data_path', 'logging_dir') + (() if cfg.resume_from_checkpoint == 'auto' else ('resume_from_checkpoint',))
     absolute = {k: str(Path(v).expanduser().absolute()) for k in paths if (v := getattr(cfg, k))}
@@ -228,6 +229,7 @@ def launch(
     run = Run(_run_folder(cfg, name))
     model, commit = resolve(cfg.model_name_or_path, cfg.revision)
     check_llm_type(find_family(read_config(model), f'{model}/config.json'), cfg.llm_type)
+    refuse_four_bit(cfg, model)
     cfg = _fill_in(replace(cfg, output_dir=str(run.folder), gpus=gpus or cfg.gpus, revision=commit or cfg.revision)) # every rank and every resume take this commit
     reports = _check_data(cfg, model)
     known = facts(cfg, commit)

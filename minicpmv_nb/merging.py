@@ -15,6 +15,7 @@ import torch
 
 from .families import resolve
 from .model import adapter_notes, aside, copy_rest, fingerprint, into_place, set_max_slices, weight_files
+from .quantizing import is_quantized
 
 # %% ../nbs/13_merging.ipynb #23e32816
 DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, U8=torch.uint8, I8=torch.int8, I16=torch.int16, I32=torch.int32, I64=torch.int64, BOOL=torch.bool)
@@ -122,6 +123,7 @@ def merge(
     "Merge an adapter into its base, tensor by tensor. Raises `FileExistsError` for a folder that is not empty, `ValueError` when adapter and base do not fit or the check fails."
     from tqdm.auto import tqdm
     base, changes = resolve(str(base))[0], read_adapter(adapter)
+    if is_quantized(base): raise ValueError(f'{base} is quantised, and a sum of four-bit weights and an adapter cannot be kept in four bits. Merge into the bf16 checkpoint, and quantise the result if you like.')
     files = sorted(set(weight_files(base).values()))
     _fits(changes, {n: t.shape for f in files for n, t in stored_tensors(f)[1].items()}, adapter)
     notes = adapter_notes(adapter)

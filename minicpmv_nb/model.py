@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOT_LLM', 'TINY', 'TINY_TOWER', 'LEFT_OUT_SIZE', 'WEIGHTS', 'LEFT_BY_TRAINING', 'NOTES', 'place', 'shift',
-           'token_losses', 'llm_config', 'ScaledEmbedding', 'ScaledHead', 'ScaledAttention', 'ScaledMLP', 'scale_llama',
+           'token_losses', 'llm_config', 'ScaledEmbedding', 'ScaledNorm', 'ScaledAttention', 'ScaledMLP', 'scale_llama',
            'MiniCPMV', 'tiny_checkpoint', 'processor_settings', 'weight_files', 'read_tensor', 'tensor_shapes',
            'check_shapes', 'say', 'left_out', 'check_weights', 'load', 'fill', 'copy_rest', 'set_max_slices',
            'write_checkpoint', 'aside', 'into_place', 'save', 'fingerprint', 'adapter_notes', 'generate']
@@ -19,7 +19,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 from .families import FAMILIES, Family, find_family, read_config, vision_config
 from .prompts import tiny_tokenizer
@@ -28,8 +28,8 @@ from .vision import TOWERS, Layout, Resampler, layout
 # %% ../nbs/06_model.ipynb #fd9c7043
 def place(
     embeddings:torch.Tensor, # (B, T, H)
-    vectors:torch.Tensor, # (S, Q, H), one row per piece
-    image_bound:torch.Tensor, # (S, 2) first and one past the last position, on the flattened B*T axis
+    vectors:torch.Tensor, # (U, Q, H), one row per unit of the layout
+    image_bound:torch.Tensor, # (U, 2) first and one past the last position, on the flattened B*T axis
 )->torch.Tensor: # (B, T, H)
     "Replace placeholders by what the tower saw, out of place."
     index = image_bound[:, :1] + torch.arange(vectors.shape[1], device=vectors.device) # (S, Q)
@@ -53,16 +53,18 @@ def token_losses(
     return F.cross_entropy(lm_head(hidden[taught]).float(), targets[taught], reduction='none')
 
 # %% ../nbs/06_model.ipynb #319f450a
-NOT_LLM = ('architectures', 'model_type', 'vision_config', 'torch_dtype', 'version', 'slice_config')
+# Keys that are not the language model's, or say where the file came from
+NOT_LLM = ('architectures', 'model_type', 'vision_config', 'torch_dtype', 'dtype', 'version', 'slice_config', 'quantization_config', 'transformers_version', 'problem_type')
 
 def llm_config(
     config:dict, # A checkpoint's `config.json`
     family:Family, # Its family
 ): # A configuration of transformers
-    "The language model's part of a checkpoint's configuration."
+    "The language model's part of a checkpoint's configuration. Raises `ValueError` without the base of the rotary positions, for which libraries have another default."
     cls = getattr(transformers, family.llm_config)
-    known = {k: config[k] for k in family.official if k in config and k not in NOT_LLM}
-    return cls(**{k: v for k, v in known.items() if k in cls.__dataclass_fields__ or k in ('rope_theta', 'rope_scaling')}, attn_implementation='sdpa')
+    if not {'rope_theta', 'rope_parameters'} & config.keys(): raise ValueError('config.json has no rope_theta, and without it every position would be off: take the published file.')
+    known = {k: v for k, v in config.items() if k in (*cls.__dataclass_fields__, 'rope_theta', 'rope_scaling') and k not in NOT_LLM}
+    return cls(**known, attn_implementation='sdpa')
 
 # %% ../nbs/06_model.ipynb #0265502c
 class ScaledEmbedding(nn.Embedding):
@@ -70,10 +72,10 @@ class ScaledEmbedding(nn.Embedding):
     scale = 1.0
     def forward(self, ids): return super().forward(ids)*self.scale
 
-class ScaledHead(nn.Linear):
-    "Logits of an input times `scale`."
+class ScaledNorm(LlamaRMSNorm):
+    "The last norm, times `scale`: so the head can stay as it is."
     scale = 1.0
-    def forward(self, x): return super().forward(x*self.scale)
+    def forward(self, x): return super().forward(x)*self.scale
 
 class ScaledAttention(LlamaAttention):
     "Attention whose output is multiplied by `scale`."
@@ -95,7 +97,7 @@ def scale_llama(
     c = llm.config
     def scaled(module, scale): module.scale = scale; return module
     llm.model.embed_tokens = scaled(ScaledEmbedding(c.vocab_size, c.hidden_size), config['scale_emb'])
-    llm.lm_head = scaled(ScaledHead(c.hidden_size, c.vocab_size, bias=False), config['dim_model_base']/c.hidden_size)
+    llm.model.norm = scaled(ScaledNorm(c.hidden_size, c.rms_norm_eps), config['dim_model_base']/c.hidden_size)
     for i, layer in enumerate(llm.model.layers):
         layer.self_attn = scaled(ScaledAttention(c, i), config['scale_depth']/math.sqrt(c.num_hidden_layers))
         layer.mlp = scaled(ScaledMLP(c), layer.self_attn.scale)
@@ -129,7 +131,7 @@ class MiniCPMV(nn.Module):
         x = self.llm.model.embed_tokens(input_ids)
         if len(target_sizes): return place(x, self.look(pixel_values, self.lay_out(target_sizes, slices_per_sample, frame_times)), image_bound)
         grey = torch.zeros(1, 3, self.patch, self.patch, device=x.device)
-        return x + self.look(grey, layout([(1, 1)], [1], self.family.patch_positions, self.side)).sum().to(x.dtype)*0
+        return x + self.look(grey, layout([(1, 1)], [1], self.family.patch_positions, self.side)).mul(0).sum().to(x.dtype)
 
     def forward(self, input_ids, pixel_values, target_sizes, image_bound, slices_per_sample, labels=None, shift_labels=None, num_items_in_batch=None, frame_times=None):
         "Logits without labels; with labels (or shifted ones) the loss, and outside training the sum and count of each row too."
@@ -380,8 +382,10 @@ def fingerprint(
     "What tells one base from another: a hash over the first row of every tensor."
     rows, files = {}, weight_files(folder)
     for file in set(files.values()):
-        with safe_open(file, 'pt') as f: rows |= {n: f.get_slice(n)[:1].contiguous().view(torch.uint8).numpy().tobytes() for n in f.keys() if files.get(n) == file}
+        with safe_open(file, 'pt') as f: rows |= {n: _first_row(f, n).view(-1).view(torch.uint8).numpy().tobytes() for n in f.keys() if files.get(n) == file}
     return hashlib.sha256(b''.join(n.encode() + rows[n] for n in sorted(rows))).hexdigest()
+
+def _first_row(f, name:str)->torch.Tensor: return f.get_slice(name)[:1].contiguous() if f.get_slice(name).get_shape() else f.get_tensor(name)
 
 def adapter_notes(
     folder:str|Path, # An adapter

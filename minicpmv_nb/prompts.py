@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'PictureSizes', 'picture_sizes', 'Span', 'picture_spans', 'Encoded', 'Processor', 'reserved_names',
-           'text_ids', 'split_thought', 'conversation_spans', 'encode', 'image_bounds', 'jinja', 'tiny_tokenizer',
-           'show_mask', 'find_long']
+           'ids_behind', 'text_ids', 'split_thought', 'thought_faults', 'conversation_spans', 'encode', 'image_bounds',
+           'jinja', 'tiny_tokenizer', 'show_mask', 'find_long']
 
 # %% ../nbs/04_prompts.ipynb #40ddde9b
 import json, re
@@ -33,7 +33,8 @@ def picture_sizes(
 )->PictureSizes: # Its slicing numbers
     "Read the slicing numbers of a checkpoint."
     slices = config.get('slice_config') or config # 2.0 has them at the top
-    return PictureSizes(config['query_num'], slices.get('scale_resolution', 448), config.get('patch_size', 14), max_slices or slices.get('max_slice_nums', 9))
+    most = max_slices or slices.get('max_slice_nums', 9)
+    return PictureSizes(config['query_num'], slices.get('scale_resolution', 448), config.get('patch_size', 14), most if config.get('slice_mode', True) else 1)
 
 # %% ../nbs/04_prompts.ipynb #9d8c2d23
 @dataclass(frozen=True)
@@ -45,10 +46,9 @@ class Span:
     ends: bool = False # Whether in its place the end of the answer before is taught
 
 def _texts(parts:tuple, template:Template)->list: # Parts joined as official inference joins them: by a line break
-    joined = []
-    for i, part in enumerate(parts):
-        if i: joined.append('\n')
-        joined.append(part.strip() if template.trim and isinstance(part, str) else part)
+    joined = [p for part in parts for p in ('\n', part)][1:]
+    if template.trim and isinstance(joined[0], str): joined[0] = joined[0].lstrip()
+    if template.trim and isinstance(joined[-1], str): joined[-1] = joined[-1].rstrip()
     return joined
 
 def _merge(spans:list[Span])->list[Span]: # Neighbouring texts of the same kind become one
@@ -84,7 +84,7 @@ class Encoded:
     "One sample as the model sees it."
     input_ids: list[int] # Token ids
     labels: list[int] # What the model is taught to say in this place, -100: nothing
-    image_bound: list[tuple[int,int]] # Per piece: first and one past the last position of its vectors
+    image_bound: list[tuple[int,int]] # Per piece (of a video: per group of frames): first and one past the last position of its vectors
     plans: list[SlicePlan] = field(default_factory=list) # Per picture, in the order of the text
 
 @dataclass
@@ -126,6 +126,9 @@ class Processor:
     @cached_property
     def reserved(self)->re.Pattern: return reserved_names(self) # Names that a text may contain as text only
 
+    @property
+    def middle(self)->str: return self.family.markup.pad + '\n' # Stands for text that comes before
+
     @cached_property
     def end_ids(self)->list[int]: return [self.vocabulary[name] for name in self.family.end_tokens if name in self.vocabulary] # What ends an answer
 
@@ -147,24 +150,42 @@ def reserved_names(
     names = (processor.tokenizer.get_added_vocab().keys() | set(processor.special_names)) - set(processor.family.markup.inline)
     return re.compile('|'.join(map(re.escape, sorted((n for n in names if len(n) > 1), key=len, reverse=True)))) # 2.5 fills up with `!`, a token like any other
 
+def ids_behind(
+    head:str, # What stands before, special tokens included; empty: nothing
+    text:str, # What is to be tokenised
+    tokenizer, # A fast tokenizer
+)->list[int]: # The ids of `text` only
+    "Tokenise text as the continuation of something, without changing that; by itself where the two would merge."
+    before, whole = (tokenizer(t, add_special_tokens=False)['input_ids'] for t in (head, head + text))
+    return whole[len(before):] if whole[:len(before)] == before else tokenizer(text, add_special_tokens=False)['input_ids']
+
 def text_ids(
     text:str, # Text of a user, or of a template between its special tokens
     processor:Processor, # Tokenizer and family
-    behind:str='', # The special token it follows
+    head:str='', # What it follows: a special token, `processor.middle` for other text, nothing
 )->list[int]: # Token ids, none of a special token but the inline ones
     "Tokenise text."
     cuts = [m.start()+1 for m in processor.reserved.finditer(text)]
-    pieces = [behind + text[a:b] for a, b in zip([0, *cuts], [*cuts, None])]
-    return [i for ids in processor.tokenizer(pieces, add_special_tokens=False)['input_ids'] for i in ids[bool(behind):]]
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, None])]
+    return [i for h, piece in zip([head] + [processor.middle]*len(cuts), pieces) for i in ids_behind(h, piece, processor.tokenizer)]
 
 # %% ../nbs/04_prompts.ipynb #8b9fafe2
 def split_thought(
     text:str, # An answer
 )->tuple[str,str]: # Its thinking (empty where there is none), and what is said
-    "Take an answer apart, as the official template of 4.5 does."
-    if '</think>' not in text: return '', text
+    "Take an answer apart, as the official template of 4.5 does. A thought that was never ended says nothing."
+    if '</think>' not in text: return (text.removeprefix('<think>').strip('\n'), '') if text.startswith('<think>') else ('', text)
     thought, said = text.split('</think>')[0], text.split('</think>')[-1]
     return thought.rstrip('\n').split('<think>')[-1].strip('\n'), said.lstrip('\n')
+
+def thought_faults(
+    text:str, # An answer of a family that thinks
+)->list[tuple[str,str]]: # (reason, fix)
+    "What the official template would drop of an answer without a word."
+    before = text.split('</think>')[0].split('<think>')[0].strip() if '<think>' in text else ''
+    fix = 'Write <think>, the thinking, </think>, and then what is said.'
+    return [(reason, fix) for wrong, reason in ((text.count('</think>') > 1, 'has more than one </think>'), ('</think>' in text and before, 'has text before <think>'),
+        (not split_thought(text)[1].strip(), 'thinks, and says nothing')) if wrong]
 
 def _answer_spans(text:str, t:Template, last:bool, taught:bool)->list[Span]: # Thinking is shown in front of the last answer only, and taught where there is some
     if t.think is None: return [Span(text, taught=taught)]
@@ -213,13 +234,13 @@ def encode(
     thinking:bool=False, # Let the answer begin with thinking, where the family can
 )->Encoded: # Ids, labels and bounds
     "Tokenise a conversation. Raises as `conversation_spans`."
-    ids, labels, behind = [], [], ''
+    ids, labels, head = [], [], ''
     for span in conversation_spans(turns, processor, ask, thinking):
-        new = [processor.special_ids[span.text]] if span.special else text_ids(span.text, processor, behind)
+        new = [processor.special_ids[span.text]] if span.special else text_ids(span.text, processor, head)
         ids += new
         labels += new if span.taught else [-100]*len(new)
         if span.ends: labels[-len(new)] = processor.end_ids[0]
-        behind = span.text if span.special else ''
+        head = span.text if span.special else '' if processor.family.template.alone else processor.middle
     plans = [processor.plan(p) for turn in turns for p in turn.parts if isinstance(p, Picture)]
     return Encoded(ids, labels, image_bounds(ids, processor), plans)
 
@@ -239,8 +260,8 @@ WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\
 
 def jinja(
     t:Template, # A family's template
-)->str: # The same as `chat_template` of tokenizer_config.json, for other programs
-    "Write a template as a Jinja program."
+)->str: # For `chat_template` of a tiny tokenizer_config.json; conversations with thinking, and system prompts of 2.0, are beyond it
+    "Write a template as a Jinja program, for other programs."
     quote = lambda text: "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
     role = '{{ ' + json.dumps({r: t.opening(r) for r in ('user', 'assistant', 'system')}, ensure_ascii=False) + "[m['role']] }}"
     default = "{% if messages[0]['role'] != 'system' %}" + quote(t.opening('system') + t.default_system + t.close + t.after) + '{% endif %}' if t.default_system else ''

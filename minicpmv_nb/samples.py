@@ -152,6 +152,7 @@ def _misspelt(key:str)->bool: # Whether `image` was meant
 
 def _paths(entry:dict)->tuple[dict[str,str],list[tuple[str,str]]]: # Path by tag, and (reason, fix) for what is wrong with `image`
     image = entry.get('image')
+    if films := [key for key in ('video', 'videos') if entry.get(key)]: return {}, [(f'There is a {films[0]}, and videos are not supported.', 'Give some of its frames as pictures, or remove the entry.')]
     if image is None: return {}, [(f'No image, but a key {key}.', f'Rename {key} to image.') for key, value in entry.items() if value and _misspelt(key)]
     if isinstance(image, str): return {TAG: image}, []
     if not isinstance(image, dict): return {}, [(f'image is a {type(image).__name__}.', 'Give one path as a string, or several as {"<image_00>": path, "<image_01>": path, ...}.')]
@@ -208,7 +209,8 @@ def _strip_tag(text:str)->tuple[str,bool]: # The text after the tag, and whether
 def _misplaced(talk:list[dict])->list[tuple[str,str]]: # (reason, fix) for tags of an entry with one picture
     texts = [turn['content'] for turn in talk]
     texts[_first_user(talk)] = _strip_tag(texts[_first_user(talk)])[0]
-    return [(f'{TAG} inside turn {i}.', f'Put it at the beginning of the first user turn, {_LITERAL}') for i, text in enumerate(texts) if TAG in text]
+    fix = lambda tag: 'Put it at the beginning of the first user turn' if tag == TAG else f'Name its picture: "image": {{"{tag}": path}}'
+    return [(f'{tag} inside turn {i}.', f'{fix(tag)}, {_LITERAL}') for i, text in enumerate(texts) for tag in dict.fromkeys(_tags_in(text))]
 
 def _homeless(talk:list[dict])->list[tuple[str,str]]: # (reason, fix) for tags of an entry without a picture
     tags = dict.fromkeys(tag for turn in talk for tag in _tags_in(turn['content']))

@@ -22,8 +22,9 @@ from . import __version__
 from .batches import SampleDataset, collate, data_hash, load_data
 from .config import NAMES, Config, deepspeed_json, deepspeed_notes, flag_help, from_flags, load_config, read_metrics, read_status, save_config, write_json, write_status, zero_stage
 from .families import check_llm_type, find_family, read_config, resolve
-from .model import NOTES, check_shapes, fingerprint, load, read_tensor, say, tensor_shapes, weight_files, write_checkpoint
+from .model import NOTES, check_shapes, fingerprint, read_tensor, say, tensor_shapes, weight_files, write_checkpoint
 from .prompts import Processor
+from .quantizing import check_types, is_quantized, load_any, packed_tower, refuse_four_bit
 from .tuning import GradientWatch, part_table, tune
 
 # %% ../nbs/10_training.ipynb #6228964e
@@ -111,7 +112,7 @@ class FineTuner(Trainer):
     def __init__(self, *args, base:Path, log:RunLog, max_slices:int, commit:str|None=None, **kwargs): # Base checkpoint, the run's log, `max_slice_nums`
         super().__init__(*args, **kwargs)
         self.base, self.run_log, self.staging, self.watch = Path(base), log, None, GradientWatch(self.model)
-        log.trainer, self.commit, self.notes = self, commit, dict(max_slice_nums=max_slices, base=fingerprint(base))
+        log.trainer, self.commit, self.notes = self, commit, dict(max_slice_nums=max_slices) | ({} if is_quantized(base) else dict(base=fingerprint(base)))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "Leave the names out, and count."
@@ -238,7 +239,7 @@ def _device(cfg:Config)->str: # Where this rank computes
 
 def _prepare(cfg:Config)->tuple[Config,list[str]]: # The configuration this machine can run, with lines to say
     gpu = not cfg.use_cpu and torch.cuda.is_available()
-    cfg, notes = fit_precision(replace(cfg, use_cpu=not gpu), gpu, gpu and torch.cuda.is_bf16_supported())
+    cfg, notes = fit_precision(replace(cfg, use_cpu=not gpu), gpu, gpu and torch.cuda.is_bf16_supported(including_emulation=False))
     if cfg.report_to == 'tensorboard' and not _installed('tensorboard'):
         cfg, notes = replace(cfg, report_to='none'), notes + ["tensorboard is not installed, metrics.jsonl is written all the same. To get it: pip install 'minicpmv_nb[tensorboard]'."]
     return cfg, notes + deepspeed_notes(cfg)
@@ -261,7 +262,8 @@ def prepare_model(
     folder:Path, # The checkpoint
 ): # The model ready to be trained
     "Load a checkpoint and choose what trains."
-    model = load(folder, weight_dtype(cfg), _device(cfg))
+    model = load_any(folder, weight_dtype(cfg), _device(cfg), cfg.q_lora, cfg.quantize_vision)
+    if cfg.q_lora: check_types(model, weight_dtype(cfg), cfg.quantize_vision or packed_tower(folder))
     model.name_or_path = cfg.model_name_or_path
     vision = cfg.gradient_checkpointing if cfg.gradient_checkpointing_vision is None else cfg.gradient_checkpointing_vision
     model.checkpoint_activations(cfg.gradient_checkpointing, vision)
@@ -281,6 +283,7 @@ def make_trainer(
     for note in notes: say(note)
     folder, commit = resolve(cfg.model_name_or_path, cfg.revision)
     check_llm_type(find_family(read_config(folder)), cfg.llm_type)
+    refuse_four_bit(cfg, folder)
     processor = Processor.from_folder(folder, cfg.max_slice_nums)
     data = {name: _dataset(path, cfg, processor) for name, path in (('train', cfg.data_path), ('eval', cfg.eval_data_path if cfg.do_eval else None)) if path}
     torch.manual_seed(cfg.seed) # new LoRA weights are the same on every rank and in every repetition

@@ -68,6 +68,9 @@ def _part(name:str)->str: # The part a parameter belongs to
     name = name.removeprefix('base_model.model.')
     return 'embeddings' if 'embed_tokens' in name else 'lm_head' if 'lm_head' in name else name.split('.')[0]
 
+def _size(p:nn.Parameter)->int: # Parameters, however they are kept: split over ranks by ZeRO-3, or in four bits
+    return p.quant_state.shape.numel() if hasattr(p, 'quant_state') else getattr(p, 'ds_numel', p.numel())
+
 class PartTable(list):
     "Rows of `part`, `trains`, `parameters`, `trainable`; shown as a table."
     def __str__(self)->str:
@@ -86,7 +89,7 @@ def part_table(
     "What trains, and how many parameters that is. PEFT's frozen originals of fully trained parts are not counted twice."
     rows = {key: dict(part=title, trains='frozen', parameters=0, trainable=0) for key, title in PARTS.items()}
     for name, p in model.named_parameters():
-        row, size = rows[_part(name)], getattr(p, 'ds_numel', p.numel())
+        row, size = rows[_part(name)], _size(p)
         if '.original_module.' in name: continue
         if 'lora_' not in name: row['parameters'] += size
         if p.requires_grad:

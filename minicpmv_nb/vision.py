@@ -84,7 +84,9 @@ def layout(
     side:int=70, # Positions the tower knows per side
     frame_times:list[list[int]]|None=None, # Per unit: the time of each of its pieces, -1 for a picture; None: all pieces are pictures
 )->Layout: # Tensors on the CPU
-    "Lay out the pieces of a batch."
+    "Lay out the pieces of a batch. Raises `ValueError` when the counts differ."
+    counts = {len(sizes), sum(per_sample)} | ({sum(map(len, frame_times))} if frame_times else set())
+    if len(counts) > 1: raise ValueError(f'{len(sizes)} pieces, but slices_per_sample counts {sum(per_sample)}' + (f', and frame_times {sum(map(len, frame_times))}.' if frame_times else '.'))
     sizes = [tuple(size) for size in sizes]
     places = PLACES[kind](sizes, per_sample, side)
     order, runs = runs_of([len(p) for p in places])

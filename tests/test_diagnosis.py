@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from minicpmv_nb.quantizing import quantize
 from minicpmv_nb.diagnosis import CHECKS, METHODS, Folder, Machine, both_ways, doctor, fits, main, memory, memory_table, this_machine, training_counts
 from minicpmv_nb.families import FAMILIES
 from minicpmv_nb.model import load, save, tiny_checkpoint, write_checkpoint
@@ -63,7 +64,7 @@ def change_tokens(folder, edit):
 @every_family
 def test_healthy(healthy, name):
     d = doctor(healthy[name], machine=CARDS)
-    assert d.ok and d.complaints() == '' and len(d.needs) == 6
+    assert d.ok and d.complaints() == '' and len(d.needs) == 9
     seen = {r['what'] for r in d.rows if r['about'] == 'folder'}
     assert seen == set(CHECKS)
 
@@ -197,7 +198,7 @@ def test_missing_shard(shards):
     (shards/'model-00002-of-00004.safetensors').unlink()
     assert wrong(shards).keys() == {'weight files'}
     assert 'lacks model-00002-of-00004.safetensors, named in model.safetensors.index.json' in wrong(shards)['weight files']
-    assert len(doctor(shards, machine=CARDS).needs) == 6 # known all the same
+    assert len(doctor(shards, machine=CARDS).needs) == 9 # known all the same
 
 def test_no_weights(sick):
     (sick/'model.safetensors').unlink()
@@ -241,7 +242,7 @@ def test_header_that_contradicts_itself(sick):
 
 def test_type_of_numbers_that_is_not_known(sick):
     change_tensors(sick, lambda s: s.update(x=torch.zeros(4, dtype=torch.float8_e4m3fn)))
-    assert "numbers of a type that is not known here ('F8_E4M3'): quantised checkpoints are not supported yet" in wrong(sick)['weight files']
+    assert "numbers of a type that is not known here ('F8_E4M3'): checkpoints quantised in this way are not supported" in wrong(sick)['weight files']
 
 def test_broken_index(shards):
     (shards/'model.safetensors.index.json').write_text('{"weight_map":')
@@ -285,13 +286,18 @@ def test_several_types_are_a_note(sick):
     change_tensors(sick, lambda s: s.update({'resampler.query': s['resampler.query'].half()}))
     assert wrong(sick) == {} and rows(sick, 'precision', 'note')[0].endswith('2,048 in float16. Loading casts them to one.')
 
-@pytest.mark.parametrize('edit', [lambda f: change_tensors(f, lambda s: s.update({'llm.model.layers.0.mlp.up_proj.weight': torch.zeros(16384, 1, dtype=torch.uint8)})),
-    lambda f: change(f/'config.json', quantization_config=dict(quant_method='bitsandbytes'))])
-def test_quantised(sick, edit):
+@pytest.mark.parametrize('edit, said', [(lambda f: change_tensors(f, lambda s: s.update({'llm.model.layers.0.mlp.up_proj.weight': torch.zeros(16384, 1, dtype=torch.uint8)})), 'config.json does not say how they were quantised.'),
+    (lambda f: change(f/'config.json', quantization_config=dict(quant_method='gptq')), "is quantised by 'gptq', not with nf4 by bitsandbytes")])
+def test_quantised_in_another_way(sick, edit, said):
     edit(sick)
     found = wrong(sick)
-    assert found.keys() == {'precision'} and 'Quantised checkpoints are not supported yet.' in found['precision']
+    assert found.keys() == {'precision'} and said in found['precision']
     assert 'tensors' in rows(sick, 'not examined', 'note')[0]
+
+def test_quantised(healthy, tmp_path):
+    folder = quantize(healthy['2.6'], tmp_path/'int4')
+    assert wrong(folder) == {}
+    assert rows(folder, 'precision', 'note')[0].startswith('A quantised checkpoint: 611,776 in float32, 442,368 in four bits. It can be trained with qlora()')
 
 def test_size_in_the_index(shards):
     change(shards/'model.safetensors.index.json', metadata=dict(total_size=1))
@@ -393,14 +399,17 @@ def test_broken_preprocessor_config(sick):
 @every_family
 def test_published_numbers_of_parameters(name):
     f, counts = FAMILIES[name], training_counts(FAMILIES[name].official)
-    assert sum(counts['full']) == (f.parameters or 8_099_418_864) # of o-2.6 the parts used here
-    trained, frozen = counts['LoRA']
-    assert sum(counts['full']) <= frozen < sum(counts['full'])*1.001 and .04 < trained/frozen < .15
+    total = sum(counts['full'].values())
+    assert total == (f.parameters or 8_099_418_864) # of o-2.6 the parts used here
+    trained, frozen = counts['LoRA']['trained'], counts['LoRA']['frozen']
+    assert total <= frozen < total*1.001 and .04 < trained/frozen < .15
+    assert counts['LoRA']['packed'] == 0 and .7 < counts['QLoRA']['packed']/total < .9
 
 def test_memory_by_hand():
     assert memory(10**9, 10**9) == dict(loading=6, weights=6, gradients=4, optimizer=8, together=18)
     assert memory(10**9, 10**9, 2, 4) == dict(loading=4, weights=4, gradients=.5, optimizer=3, together=7.5)
     assert memory(10**9, 10**9, 3, 4) == dict(loading=4, weights=1, gradients=.5, optimizer=3, together=4.5)
+    assert memory(0, 10**9, packed=10**9)['weights'] == 4.13/8
 
 def test_one_gpu_shares_with_nobody():
     two, three = memory(10**9, 0, 2, 1), memory(10**9, 0, 3, 1)
@@ -412,16 +421,18 @@ def test_memory_is_that_of_a_real_run(healthy, method):
     model = prepare_model(cfg, healthy['2.0'])
     size = sum(p.numel()*p.element_size() for p in model.parameters())
     trained = [p for p in model.parameters() if p.requires_grad]
-    need = memory(*training_counts(json.loads((healthy['2.0']/'config.json').read_text()))[method])
+    need = memory(**training_counts(json.loads((healthy['2.0']/'config.json').read_text()))[method])
     assert size == round(need['weights']*1e9) and sum(p.numel() for p in trained)*8 == round(need['optimizer']*1e9)
 
 def test_verdicts():
     table, cards = memory_table(FAMILIES['2.6'].official, gpus=8), lambda *gb: Machine(tuple(('card', g) for g in gb), True)
     said = lambda machine: [fits(need, machine) for need in table]
-    assert said(Machine()) == ['no GPU']*6
-    assert said(cards(80, 24)) == ['does not fit', 'fits, 6 GB left', 'fits, 7 GB left', 'does not fit', 'does not fit', 'fits, 8 GB left'] # the smallest counts
+    assert [need['method'] for need in table] == ['LoRA']*3 + ['QLoRA']*3 + ['full']*3
+    assert said(Machine()) == ['no GPU']*9
+    assert [s for s, need in zip(said(cards(80, 24)), table) if need['method'] != 'QLoRA'] == ['does not fit', 'fits, 6 GB left', 'fits, 7 GB left', 'does not fit', 'does not fit', 'fits, 8 GB left'] # the smallest counts
     assert said(cards(17))[2] == 'does not fit' # ZeRO-3 loads everything first
-    assert said(cards(140))[3] == 'fits, 10 GB left'
+    assert all(s.startswith('fits') for s in said(cards(12))[3:6]) # four bits
+    assert said(cards(140))[6] == 'fits, 10 GB left'
 
 @pytest.mark.parametrize('machine, gpus, said', [(Machine(), None, 8), (CARDS, None, 2), (CARDS, 4, 4)])
 def test_number_of_gpus(healthy, machine, gpus, said): assert {r['gpus'] for r in doctor(healthy['2.6'], gpus, machine).needs} == {said}

@@ -9,15 +9,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
-from minicpmv_nb import batches, model as model_module
+from minicpmv_nb import model as model_module, vision
 from minicpmv_nb.batches import SampleDataset, collate, load_data
 from minicpmv_nb.chat import Chat, answer_file
 from minicpmv_nb.config import full, lora
 from minicpmv_nb.families import FAMILIES
 from minicpmv_nb.merging import merge
-from minicpmv_nb.model import adapter_notes, load, save, tiny_checkpoint
-from minicpmv_nb.prompts import Processor, encode, jinja
-from minicpmv_nb.samples import Picture, Turn
+from minicpmv_nb.model import adapter_notes, fingerprint, load, save, tiny_checkpoint
+from minicpmv_nb.prompts import Processor, conversation_spans, encode, jinja
+from minicpmv_nb.samples import DataError, Picture, Turn
 from minicpmv_nb.training import train
 from minicpmv_nb.tuning import add_adapter
 from support import ANSWERS, GOLDENS, QUESTION, draw_mixed
@@ -125,6 +125,44 @@ def test_written_chat_template_says_what_the_official_one_says(name, end):
         assert tokenizer.apply_chat_template(messages, chat_template=ours, **how) == tokenizer.apply_chat_template(messages, **how)
 
 
+# --- tokenizers of the Llama kind ------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def blanks(tmp_path_factory):
+    "Tokenizers that put a blank in front of every text, as those of the models that 2.0 and 4.0 are made from do."
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
+    def made(name):
+        folder, kind = tiny_checkpoint(tmp_path_factory.mktemp('blanks')/name, [QUESTION], name), FAMILIES[name].stand_in
+        t = Tokenizer(models.BPE(byte_fallback=True, unk_token='<unk>', fuse_unk=True))
+        t.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
+        t.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)])
+        words = 'What is this? A red square. user assistant <AI> <用户>'.split()*50 + ['\n']
+        t.train_from_iterator(words, trainers.BpeTrainer(vocab_size=330, special_tokens=['<unk>', '<s>', '</s>', *(f'<0x{i:02X}>' for i in range(256))], show_progress=False))
+        t.add_special_tokens([AddedToken(s, normalized=False, special=True) for s in kind.specials])
+        t.save(str(folder/'tokenizer.json'))
+        return Processor.from_folder(folder)
+    return {name: made(name) for name in ('2.0', '4.0')}
+
+TALK = (Turn('user', (SMALL, 'What is this?')), Turn('assistant', ('A red square.',)), Turn('user', ('What?',)), Turn('assistant', ('A square.',)))
+
+def as_one_string(p, turns, ask): return p.tokenizer(''.join(s.text for s in conversation_spans(turns, p, ask)), add_special_tokens=False)['input_ids']
+
+@pytest.mark.parametrize('name, turns, ask', [('4.0', TALK, False), ('4.0', TALK[:3], True), ('4.0', TALK[:1], True), ('2.0', TALK[:1], True), ('2.0', TALK[:3], True)])
+def test_blanks_are_where_the_whole_string_has_them(blanks, name, turns, ask):
+    assert encode(turns, blanks[name], ask=ask).input_ids == as_one_string(blanks[name], turns, ask)
+
+def test_2_0_tokenises_each_turn_by_itself_in_training(blanks):
+    p = blanks['2.0']
+    ids = lambda text: p.tokenizer(text, add_special_tokens=False)['input_ids']
+    row = encode(TALK, p).input_ids
+    assert row == ids(f'<s><用户>{old(16)}\nWhat is this?<AI>') + ids('A red square.') + ids('<用户>What?<AI>') + ids('A square.') + ids('</s>')
+
+def test_blanks_around_names_of_special_tokens(blanks):
+    p = blanks['4.0']
+    row = encode((Turn('user', ('What is <image>?',)),), p, ask=True)
+    assert decoded(p, row.input_ids).count('What is <image>?') == 1 and row.image_bound == []
+
+
 # --- from a step to an answer ----------------------------------------------------------------------------------------
 
 @every_family
@@ -171,13 +209,14 @@ def test_chat_about_several_pictures_and_none(bases, name):
 
 def test_an_answer_with_thinking(bases):
     said, talk = Chat.load(bases['4.5']).chat(None, 'Hello?', thinking=True, max_new_tokens=4)
-    assert said.startswith('<think>\n') and talk.turns[-1].parts == (said,)
+    assert said.startswith('<think>\n') and talk.turns[-1].parts == ('',) # it did not come to an end
 
 def test_parts_that_are_not_used_are_named_and_kept(bases, tmp_path, capsys):
     model = load(bases['o-2.6'])
     assert 'MiniCPM-o 2.6: 3 tensors of apm, audio_projection_layer, tts are left out here; saving and merging keep them.' in capsys.readouterr().out
     kept = load_file(save(model.state_dict(), bases['o-2.6'], tmp_path/'again')/'model.safetensors')
     had = load_file(bases['o-2.6']/'model.safetensors')
+    assert fingerprint(tmp_path/'again') == fingerprint(bases['o-2.6'])
     assert all(torch.equal(kept[n], had[n]) for n in had) and kept.keys() == had.keys()
 
 @pytest.mark.parametrize('name', ['2.0', '4.0', 'o-2.6'])
@@ -196,6 +235,54 @@ def test_adapter_of_another_base(bases, mixed, tmp_path):
     adapter = train(lora(str(bases['2.6']), str(mixed), output_dir=str(tmp_path/'run'), max_steps=1, lora_r=2, use_cpu=True, fp16=False, deepspeed=None, report_to='none', dataloader_num_workers=0))
     other = tiny_checkpoint(tmp_path/'other', [QUESTION, *ANSWERS], '2.6', seed=1)
     with pytest.raises(ValueError, match='was trained on other weights than those in'): merge(other, adapter, tmp_path/'merged')
+
+def test_base_of_the_rotary_positions(bases, tmp_path):
+    # Libraries have another default, so a config without it would load, and be wrong without a word.
+    def changed(name, edit):
+        folder = shutil.copytree(bases[name], tmp_path/f'{name}{len(list(tmp_path.iterdir()))}')
+        config = json.loads((folder/'config.json').read_text()); edit(config)
+        (folder/'config.json').write_text(json.dumps(config))
+        return folder
+    for name in ('2.5', '2.6'):
+        with pytest.raises(ValueError, match='config.json has no rope_theta'): load(changed(name, lambda c: c.pop('rope_theta')))
+    batch = dict(input_ids=torch.arange(40)[None], pixel_values=torch.zeros(1, 3, 14, 0), target_sizes=torch.zeros(0, 2, dtype=torch.long), image_bound=torch.zeros(0, 2, dtype=torch.long), slices_per_sample=torch.tensor([0]))
+    def logits(folder):
+        with torch.no_grad(): return load(folder)(**batch)['logits']
+    renamed = lambda c: c.update(rope_parameters=dict(rope_theta=c.pop('rope_theta'), rope_type='default'), rope_scaling=None) # as transformers 5 writes it
+    assert torch.equal(logits(changed('2.5', renamed)), logits(bases['2.5']))
+    yarn = lambda c: c.update(rope_scaling=dict(rope_type='yarn', factor=4.0, original_max_position_embeddings=32))
+    assert not torch.allclose(logits(changed('2.6', yarn)), logits(bases['2.6']))
+
+def test_lora_on_the_head_of_2_0(bases, tmp_path):
+    from minicpmv_nb.tuning import tune
+    torch.manual_seed(0)
+    tuned = tune(load(bases['2.0']), lora(str(bases['2.0']), 'train.json', lora_r=2, lora_target_modules=r'llm\.lm_head|llm\..*q_proj'))
+    with torch.no_grad(): [p.add_(torch.randn_like(p)*.05) for n, p in tuned.named_parameters() if 'lora_' in n]
+    tuned.save_pretrained(tmp_path/'adapter', save_embedding_layers=False)
+    merge(bases['2.0'], tmp_path/'adapter', tmp_path/'merged') # compares logits
+
+def test_question_keeps_its_indentation_in_2_5():
+    # The official template trims the whole content of a turn, not its parts.
+    text = decoded(processor('2.5'), encode((Turn('user', (SMALL, '    def f(): pass ')),), processor('2.5'), ask=True).input_ids)
+    assert '</image>\n    def f(): pass<|eot_id|>' in text
+
+@pytest.mark.parametrize('answer, said', [('Well <think>t</think>ok', 'has text before <think>'), ('<think>a</think>b</think>c', 'has more than one </think>'), ('<think>only</think>', 'thinks, and says nothing'), ('<think>never ended', 'thinks, and says nothing')])
+def test_thinking_that_would_lose_something(bases, tmp_path, answer, said):
+    file = tmp_path/'d.json'
+    file.write_text(json.dumps([dict(id='0', conversations=[dict(role='user', content='Q'), dict(role='assistant', content=answer)])]))
+    with pytest.raises(DataError, match=said): load_data(file, Processor.from_folder(bases['4.5']))
+    assert load_data(file, Processor.from_folder(bases['2.6']))[1].kept == 1 # there it is text
+
+def test_answers_with_thinking_are_compared_by_what_is_said(bases, tmp_path, monkeypatch):
+    file = tmp_path/'d.json'
+    file.write_text(json.dumps([dict(id='0', conversations=[dict(role='user', content='Q'), dict(role='assistant', content='<think>\nHm.\n</think>\n\nYes.')])]))
+    chat = Chat.load(bases['4.5'])
+    monkeypatch.setattr(Chat, 'answer', lambda *a, **k: '<think>\nSo.\n</think>\n\nYes.')
+    assert answer_file(chat, file, thinking=True) == [dict(id='0', question='Q', expected='Yes.', answer='Yes.')]
+
+def test_counts_that_differ():
+    with pytest.raises(ValueError, match='3 pieces, but slices_per_sample counts 2'): vision.layout([(2, 2)]*3, [2])
+    with pytest.raises(ValueError, match='and frame_times 2'): vision.layout([(2, 2)]*3, [3], frame_times=[[0], [1]])
 
 def test_families_are_told_apart_in_one_place():
     # A branch on a family's name, version, title or LLM type anywhere else would belong into `families`.

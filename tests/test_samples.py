@@ -231,9 +231,6 @@ def test_plain_tag_alone_in_a_dictionary_means_the_string(album):
     plain, named = read_one(album, entry()), read_one(album, entry(image={'<image>': 'dot.png'}))
     assert plain == named
 
-def test_numbered_tag_is_text_beside_a_single_picture(album):
-    assert shown(read_one(album, entry(conversations=talk(question='<image>\nWhat does <image_00> mean?')))) == [['dot.png', 'What does <image_00> mean?']]
-
 def test_tag_that_no_text_uses(album):
     assert problems(album, several('<image_00>\nWhat is it?')) == [
         (0, '<image_01> is in image, but not in the text.', 'Write <image_01> into a user turn, where the picture belongs, or remove it from image.')]
@@ -540,3 +537,11 @@ def test_half_a_character_is_named(tmp_path, tiny):
     # JSON can write half of an emoji; no tokenizer takes it.
     with pytest.raises(DataError) as e: load_data(write_data(tmp_path, [entry('a'), entry('b', conversations=talk('\ud83d'))]), Processor.from_folder(tiny))
     assert [(p.entry, p.id) for p in e.value.report.problems] == [(1, 'b')]
+
+def test_numbered_tag_beside_one_picture(tmp_path):
+    _, report = check(write_data(tmp_path, [entry('0', conversations=talk(question='<image_00>\nWhat?')), entry('1', conversations=talk(question='<image>\n<image_01> q'))]))
+    assert [p.reason for p in report.problems] == ['<image_00> inside turn 0.', '<image_01> inside turn 0.']
+
+def test_video(tmp_path):
+    _, report = check(write_data(tmp_path, [dict(id='0', video='v.mp4', conversations=talk())]))
+    assert report.problems[0].reason == 'There is a video, and videos are not supported.'
