@@ -75,7 +75,7 @@ def write_set(
 
 # %% ../nbs/16_demo.ipynb #79f1c3c8
 BASE = dict(max_steps=1400, learning_rate=1e-3, weight_decay=0.01, warmup_ratio=0.05, adam_beta2=0.98)
-LORA = dict(max_steps=300, learning_rate=3e-3, weight_decay=0.0, warmup_ratio=0.05, lora_r=16, lora_alpha=32, lora_dropout=0.0)
+LORA = dict(max_steps=400, learning_rate=3e-3, weight_decay=0.0, warmup_ratio=0.05, lora_r=16, lora_alpha=32, lora_dropout=0.0)
 COMMON = dict(gradient_accumulation_steps=1, save_steps=10_000, logging_steps=5, gradient_checkpointing=False, dataloader_num_workers=0)
 
 def data_files(
@@ -129,7 +129,7 @@ def machine()->dict: # Fields of `Config` for this machine
     import torch
     found = torch.cuda.device_count()
     ranks = min(found, 2) or 2
-    return dict(gpus=ranks, use_cpu=not found, per_device_train_batch_size=8//ranks, fp16=False, bf16=bool(found) and torch.cuda.is_bf16_supported())
+    return dict(gpus=ranks, use_cpu=not found, per_device_train_batch_size=8//ranks, fp16=False, bf16=bool(found) and torch.cuda.is_bf16_supported(including_emulation=False))
 
 def _empty(out:Path)->None: # Start afresh, but never delete what is not ours
     if out.exists() and any(out.iterdir()) and not (out/'.demo').is_file(): raise FileExistsError(f'{out} is not empty and was not made by the demo: choose another folder.')
