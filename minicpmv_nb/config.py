@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GUIDE_LORA_TARGETS', 'TYPES', 'CHOICES', 'POSITIVE', 'GUIDE', 'NAMES', 'DEFAULTS', 'OTHER_NAMES', 'NO_EFFECT',
-           'TORCHRUN', 'Config', 'lora', 'qlora', 'full', 'from_flags', 'to_flags', 'flag_help', 'from_script',
-           'zero_stage', 'deepspeed_json', 'deepspeed_notes', 'save_config', 'load_config', 'write_json',
-           'write_status', 'read_status', 'read_metrics']
+           'TORCHRUN', 'BETTER', 'Config', 'lora', 'qlora', 'full', 'from_flags', 'to_flags', 'flag_help',
+           'from_script', 'zero_stage', 'deepspeed_json', 'check_batch', 'precision_notes', 'deepspeed_notes',
+           'save_config', 'load_config', 'write_json', 'recommended', 'write_status', 'read_status', 'read_metrics']
 
 # %% ../nbs/01_config.ipynb #51096afc
 import difflib, json, os, re, shlex, time
@@ -34,10 +34,13 @@ class Config:
     tune_vision: bool = False # Train the vision tower in full; doubles its memory under LoRA (PEFT keeps the original)
     tune_resampler: bool = True # Train the resampler in full; the official script always does
     tune_embeddings: bool = False # Train token embeddings beside LoRA; the official script does, at 0.5 B parameters and a gigabyte-sized adapter. With `tune_llm` they always train
-    lora_target_modules: str = GUIDE_LORA_TARGETS # Regular expression over module names, matched as a whole
+    lora_target_modules: str = GUIDE_LORA_TARGETS # Regular expression over module names, matched as a whole; or names of groups: llm.attention, llm.mlp, vision, resampler
     lora_r: int = 64 # Rank; the official class default
     lora_alpha: int = 64 # The update is scaled by alpha / r
     lora_dropout: float = 0.05 # On the input of the update, while training
+    use_rslora: bool = False # Scale by alpha / sqrt(r) instead, which keeps high ranks alive (Kalajdzievski 2023)
+    use_dora: bool = False # Learn direction and magnitude apart (Liu et al. 2024); slower
+    loraplus_ratio: float|None = None # Learning rate of B as a multiple of A's, about 16 (LoRA+, Hayou et al. 2024); None: the same
     # data
     model_max_length: int = 2048 # Tokens; longer samples are reported before training, never cut
     max_slice_nums: int = 9 # Slices per picture at most; fewer cost less memory and lose small print
@@ -62,6 +65,12 @@ class Config:
     # optimiser
     learning_rate: float = 1e-6 # The guide's value; LoRA usually wants about 1e-4
     weight_decay: float = 0.1 # Not applied to biases and norms
+    vision_learning_rate: float|None = None # Of the vision tower; None: `learning_rate`
+    vision_weight_decay: float|None = None # None: `weight_decay`
+    resampler_learning_rate: float|None = None # Of the resampler; None: `learning_rate`
+    resampler_weight_decay: float|None = None # None: `weight_decay`
+    embeddings_learning_rate: float|None = None # Of the token embeddings and the output head; None: `learning_rate`
+    embeddings_weight_decay: float|None = None # None: `weight_decay`
     adam_beta1: float = 0.9 # Decay of the running mean of gradients
     adam_beta2: float = 0.95 # Decay of the running mean of squared gradients
     warmup_ratio: float = 0.01 # Share of the steps over which the learning rate rises from 0
@@ -73,14 +82,18 @@ class Config:
     logging_strategy: str = 'steps' # `steps` or `epoch`
     logging_steps: int = 1 # Steps between two points of the loss curve
     logging_dir: str|None = None # Folder of the tensorboard files; None: the run folder
-    report_to: str = 'none' # `tensorboard`, or `none`; `metrics.jsonl` is always written
+    report_to: str = 'none' # `tensorboard`, `wandb`, or `none`; `metrics.jsonl` is always written
     evaluation_strategy: str = 'steps' # `steps`, `epoch` or `no`
     eval_steps: int = 1000 # Steps between two evaluations
     save_strategy: str = 'steps' # `steps`, `epoch` or `no`
     save_steps: int = 1000 # Steps between two checkpoints
-    save_total_limit: int|None = 10 # Older checkpoints beyond this number are deleted
+    save_total_limit: int|None = 10 # Older checkpoints beyond this number are deleted, the best one aside
+    load_best_model_at_end: bool = False # Hand over the weights with the lowest evaluation loss as `final`, not the last ones
+    early_stopping_patience: int|None = None # Stop after this many evaluations without a lower loss; None: never
     resume_from_checkpoint: str|None = None # A checkpoint folder, or `auto`: the newest one of the run folder
     # machines
+    offload: str = 'none' # Keep the optimiser (`optimizer`), or the weights too (`all`, ZeRO-3 only), in the machine's memory: less GPU memory, much slower
+    hang_timeout: int = 1800 # Seconds without a step after which a run is taken for hung, and stopped
     deepspeed: str|None = None # DeepSpeed JSON; a missing `ds_config_zero2.json` or `ds_config_zero3.json` means ours; None: plain data parallel
     gpus: int|None = None # Processes on this machine, the guide's GPUS_PER_NODE; None: all its GPUs, or one CPU process
     use_cpu: bool = False # Train on the CPU with `gpus` processes
@@ -97,14 +110,19 @@ TYPES = {f.name: f.type for f in fields(Config)}
 
 # %% ../nbs/01_config.ipynb #11eda4c9
 CHOICES = dict(logging_strategy=('steps', 'epoch'), evaluation_strategy=('steps', 'epoch', 'no'), save_strategy=('steps', 'epoch', 'no'),
-    bad_samples=('error', 'skip'), extra_image_tags=('report', 'literal'), report_to=('none', 'tensorboard'))
+    bad_samples=('error', 'skip'), extra_image_tags=('report', 'literal'), report_to=('none', 'tensorboard', 'wandb'), offload=('none', 'optimizer', 'all'))
 POSITIVE = ('model_max_length', 'max_slice_nums', 'per_device_train_batch_size', 'per_device_eval_batch_size', 'gradient_accumulation_steps', 'logging_steps',
-    'eval_steps', 'save_steps', 'save_total_limit', 'lora_r', 'lora_alpha', 'learning_rate', 'gpus', 'nnodes')
+    'eval_steps', 'save_steps', 'save_total_limit', 'lora_r', 'lora_alpha', 'learning_rate', 'gpus', 'nnodes', 'loraplus_ratio', 'vision_learning_rate', 'resampler_learning_rate', 'embeddings_learning_rate',
+    'early_stopping_patience', 'hang_timeout')
 
 def _rules(c:Config): # Pairs of (is it wrong, what to say)
     parts = c.use_lora or c.tune_llm or c.tune_vision or c.tune_resampler or c.tune_embeddings
     return [(c.use_lora and c.tune_llm, 'use_lora and tune_llm exclude each other: LoRA exists to leave the language model frozen. Set one of them to false.'),
         (c.q_lora and not c.use_lora, 'q_lora trains LoRA on four-bit weights: set use_lora=True as well.'),
+        ((c.use_rslora or c.use_dora or c.loraplus_ratio) and not c.use_lora, 'use_rslora, use_dora and loraplus_ratio belong to LoRA: set use_lora=True, or leave them out.'),
+        (c.early_stopping_patience and not c.do_eval, 'early_stopping_patience needs evaluations: set do_eval=True and give eval_data_path.'),
+        (c.load_best_model_at_end and not c.do_eval, 'load_best_model_at_end needs evaluations: set do_eval=True and give eval_data_path.'),
+        (c.offload != 'none' and not c.deepspeed, 'offload is done by DeepSpeed: set deepspeed=\'ds_config_zero3.json\', or leave it out.'),
         (c.quantize_vision and not c.q_lora, 'quantize_vision belongs to QLoRA: set q_lora=True, or leave it out.'),
         (c.quantize_vision and c.tune_vision, 'quantize_vision and tune_vision exclude each other: four-bit weights cannot be trained. Set one of them to false.'),
         (c.fp16 and c.bf16, 'fp16 and bf16 exclude each other: choose bf16 where the GPU has it.'),
@@ -309,11 +327,33 @@ def _saves_weights(given:dict, cfg:Config)->dict: # The same, unless ZeRO-3 woul
     return given
 
 def _ours(cfg:Config, stage:int)->dict:
-    zero = dict(stage=stage, overlap_comm=False, contiguous_gradients=True)
+    if cfg.offload == 'all' and stage != 3: raise ValueError("offload='all' needs ZeRO-3, which alone splits the weights: set deepspeed='ds_config_zero3.json', or offload='optimizer'.")
+    zero, place = dict(stage=stage, overlap_comm=False, contiguous_gradients=True), dict(device='cpu', pin_memory=not cfg.use_cpu)
     if stage == 3: zero |= dict(stage3_param_persistence_threshold=10_000, stage3_gather_16bit_weights_on_model_save=True)
+    if cfg.offload != 'none': zero |= dict(offload_optimizer=place)
+    if cfg.offload == 'all': zero |= dict(offload_param=place)
     return dict(zero_optimization=zero, bf16=dict(enabled=cfg.bf16), fp16=dict(enabled=cfg.fp16), gradient_clipping=cfg.max_grad_norm,
         train_micro_batch_size_per_gpu=cfg.per_device_train_batch_size, gradient_accumulation_steps=cfg.gradient_accumulation_steps,
         train_batch_size='auto', zero_allow_untested_optimizer=True)
+
+def check_batch(
+    cfg:Config, # `gpus` filled in
+)->None:
+    "Compare the batch sizes in a user's DeepSpeed JSON with the configuration. Raises `ValueError` naming both, with the number that would fit."
+    given, ranks = deepspeed_json(cfg) if cfg.deepspeed else {}, (cfg.gpus or 1)*cfg.nnodes
+    want = dict(train_micro_batch_size_per_gpu=cfg.per_device_train_batch_size, gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+        train_batch_size=cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps*ranks)
+    for name, value in want.items():
+        if given.get(name, 'auto') not in ('auto', value):
+            raise ValueError(f'{cfg.deepspeed} has {name} {given[name]}; {cfg.per_device_train_batch_size} samples per GPU x {cfg.gradient_accumulation_steps} accumulation steps x {ranks} GPUs need {value}. Write "auto" there.')
+
+def precision_notes(
+    cfg:Config, # A configuration
+    checkpoint:dict, # The checkpoint's `config.json`
+)->list[str]: # One line, or none
+    "What is risky about the precision asked for."
+    trained_in = checkpoint.get('torch_dtype', checkpoint.get('dtype'))
+    return ['This checkpoint was trained in bfloat16, and fp16 overflows at numbers it holds: set bf16=True, fp16=False on GPUs that have it (from Ampere on).'] if cfg.fp16 and trained_in == 'bfloat16' else []
 
 def deepspeed_notes(
     cfg:Config, # A configuration
@@ -348,6 +388,25 @@ def write_json(
     aside = Path(f'{path}.{os.getpid()}.part')
     aside.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding='utf-8')
     os.replace(aside, path)
+
+# %% ../nbs/01_config.ipynb #c3ed877f
+# (field, better value, reason) by method. Sources: answers of the maintainers in the issues of the official repository, the official recipe for 4.6, the defaults of other trainers
+BETTER = dict(
+    all=[('fp16', False, 'the models were trained in bfloat16, and fp16 overflows'), ('bf16', True, 'for GPUs from Ampere (A100, RTX 30) on'),
+        ('save_steps', 200, 'every 10 steps is a checkpoint every few minutes'), ('warmup_ratio', 0.03, '1 % of a short run is a step or two')],
+    lora=[('learning_rate', 1e-4, 'at 1e-6 an update of rank 64 stays below 1 % of the weights after 3000 steps'), ('resampler_learning_rate', 1e-5, 'it is trained in full, which wants less than LoRA'),
+        ('lora_target_modules', 'llm.attention llm.mlp', 'two thirds of the weights are in the MLP'), ('lora_alpha', 128, 'twice the rank, as other trainers do'), ('weight_decay', 0.0, 'a low-rank update is small as it is'),
+        ('tune_vision', False, 'the maintainers advise it only for pictures far from photographs; in full it is most of the memory'), ('deepspeed', 'ds_config_zero2.json', 'there is little to split, and ZeRO-3 sends all weights around in each step')],
+    full=[('learning_rate', 5e-6, 'the official recipe for 4.6, with batches of 128'), ('vision_learning_rate', 2e-6, 'the tower knows its trade')])
+
+def recommended(
+    cfg:Config, # From `lora`, `qlora`, `full` or a script
+)->Config: # With better values where it has the guide's
+    "Replace values of the guide that are known to hurt, and print why."
+    guide = GUIDE | dict(lora_target_modules=DEFAULTS['lora_target_modules'], lora_alpha=DEFAULTS['lora_alpha'], bf16=False)
+    better = [b for b in BETTER['all'] + BETTER['lora' if cfg.use_lora else 'full'] if getattr(cfg, b[0]) == guide.get(b[0]) and getattr(cfg, b[0]) != b[1]]
+    for name, value, reason in better: print(f'{name}: {getattr(cfg, name)!r} -> {value!r}: {reason}')
+    return replace(cfg, **{name: value for name, value, _ in better})
 
 # %% ../nbs/01_config.ipynb #7ebf85d3
 def write_status(

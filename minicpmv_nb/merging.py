@@ -53,7 +53,7 @@ def rows(
         return torch.frombuffer(bytearray(f.read((end-start)*width)), dtype=t.dtype).view(end-start, -1)
 
 # %% ../nbs/13_merging.ipynb #c1caf177
-PLAIN = dict(use_dora=False, bias='none', rank_pattern={}, alpha_pattern={}, fan_in_fan_out=False, layer_replication=None)
+PLAIN = dict(bias='none', rank_pattern={}, alpha_pattern={}, fan_in_fan_out=False, layer_replication=None)
 
 @dataclass
 class Adapter:
@@ -61,6 +61,7 @@ class Adapter:
     scale: float # alpha / r, or alpha / sqrt(r) with rsLoRA
     pairs: dict # (A, B) by the weight's name
     whole: dict # Replacement by the tensor's name
+    sizes: dict # DoRA: the length of each row, by the weight's name
 
 def read_adapter(
     folder:str|Path, # An adapter in PEFT's format
@@ -75,7 +76,8 @@ def read_adapter(
     _, tensors = stored_tensors(folder/'adapter_model.safetensors')
     tensors = {n.removeprefix('base_model.model.'): t for n, t in tensors.items()}
     pairs = {n.replace('.lora_A.weight', '.weight'): (t, tensors[n.replace('lora_A', 'lora_B')]) for n, t in tensors.items() if '.lora_A.' in n}
-    return Adapter(config['lora_alpha']/(math.sqrt(config['r']) if config.get('use_rslora') else config['r']), pairs, {n: t for n, t in tensors.items() if '.lora_' not in n})
+    return Adapter(config['lora_alpha']/(math.sqrt(config['r']) if config.get('use_rslora') else config['r']), pairs, {n: t for n, t in tensors.items() if '.lora_' not in n},
+        {n.replace('.lora_magnitude_vector', '.weight'): t for n, t in tensors.items() if n.endswith('.lora_magnitude_vector')})
 
 # %% ../nbs/13_merging.ipynb #44cced43
 def merged_rows(
@@ -92,6 +94,7 @@ def merged_rows(
     for i in range(0, count, step):
         block = rows(source, i, min(i+step, count))
         if a is not None: block = block.float().addmm_(rows(b, i, min(i+step, count)).float(), first, alpha=adapter.scale)
+        if name in adapter.sizes: block *= rows(adapter.sizes[name], i, min(i+step, count)).float()/block.norm(dim=1, keepdim=True) # DoRA
         yield block.to(t.dtype)
 
 def merge_file(

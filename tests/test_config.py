@@ -6,7 +6,7 @@ import pytest
 
 from support import SCRIPTS
 from minicpmv_nb.config import (GUIDE_LORA_TARGETS, NO_EFFECT, Config, deepspeed_json, deepspeed_notes, from_flags, from_script, full,
-    load_config, lora, save_config, to_flags, write_json, zero_stage)
+    load_config, lora, save_config, to_flags, write_json, zero_stage, check_batch, precision_notes, qlora, recommended)
 
 # What chapter 3.1 of the guide says, flag by flag, in its own words.
 SAME_IN_BOTH = dict(
@@ -26,7 +26,8 @@ UNSAID = dict(q_lora=False, tune_resampler=True, lora_r=64, lora_alpha=64, lora_
     num_train_epochs=1.0, warmup_steps=None)
 # What a preset cannot know, or decides by the machine it is on.
 MACHINE = ['model_name_or_path', 'data_path', 'eval_data_path', 'output_dir', 'logging_dir', 'llm_type', 'gpus', 'master_port', 'nccl_p2p_disable', 'nccl_ib_disable']
-GUIDES = [('finetune_lora.sh', LORA, lora), ('finetune_ds.sh', FULL, full)]
+QLORA = LORA | dict(q_lora=True, tune_vision=False)
+GUIDES = [('finetune_lora.sh', LORA, lora), ('finetune_qlora.sh', QLORA, qlora), ('finetune_ds.sh', FULL, full)]
 NEEDED = dict(model_name_or_path='m', data_path='d')
 NEEDED_FLAGS = ['--model_name_or_path', 'm', '--data_path', 'd']
 
@@ -41,15 +42,12 @@ def read(folder, text):
 def test_script_of_the_guide(file, want):
     have = asdict(from_script(SCRIPTS/file))
     assert {k: have[k] for k in want} == want
-    assert {k: have[k] for k in UNSAID} == UNSAID
+    assert {k: have[k] for k in UNSAID} == UNSAID | {k: want[k] for k in UNSAID if k in want}
 
 @pytest.mark.parametrize('file, preset', [pytest.param(file, preset, id=file) for file, _, preset in GUIDES])
 def test_preset_is_the_script(file, preset):
     script, ours = asdict(from_script(SCRIPTS/file)), asdict(preset('m', 'd', 'e'))
     assert {k: v for k, v in ours.items() if k not in MACHINE} == {k: v for k, v in script.items() if k not in MACHINE}
-
-def test_qlora_script_is_refused():
-    with pytest.raises(ValueError, match=r'q_lora is not available yet: use use_lora=True without it\.'): from_script(SCRIPTS/'finetune_qlora.sh')
 
 def test_flags_without_effect_are_said(capsys):
     from_script(SCRIPTS/'finetune_lora.sh')
@@ -145,7 +143,7 @@ def test_flag_is_refused(argv, message):
 def test_needed_flag_is_missing(missing):
     with pytest.raises(ValueError, match=f'--{missing} is missing'): from_flags([p for k, v in NEEDED.items() if k != missing for p in (f'--{k}', v)])
 
-@pytest.mark.parametrize('preset', [lora, full])
+@pytest.mark.parametrize('preset', [lora, qlora, full])
 def test_unknown_setting_gives_the_nearest_name(preset):
     with pytest.raises(TypeError, match=r"There is no setting 'max_step'\. Did you mean max_steps\?"): preset('m', 'd', max_step=3)
 
@@ -154,7 +152,11 @@ def test_unknown_setting_gives_the_nearest_name(preset):
 
 @pytest.mark.parametrize('values, message', [
     (dict(use_lora=True, tune_llm=True), 'use_lora and tune_llm exclude each other: LoRA exists to leave the language model frozen. Set one of them to false.'),
-    (dict(use_lora=True, q_lora=True), 'q_lora is not available yet: use use_lora=True without it.'),
+    (dict(tune_llm=True, q_lora=True), 'q_lora trains LoRA on four-bit weights: set use_lora=True as well.'),
+    (dict(tune_llm=True, use_dora=True), 'use_rslora, use_dora and loraplus_ratio belong to LoRA: set use_lora=True, or leave them out.'),
+    (dict(use_lora=True, early_stopping_patience=3), 'early_stopping_patience needs evaluations: set do_eval=True and give eval_data_path.'),
+    (dict(use_lora=True, load_best_model_at_end=True), 'load_best_model_at_end needs evaluations: set do_eval=True and give eval_data_path.'),
+    (dict(use_lora=True, offload='all'), "offload is done by DeepSpeed: set deepspeed='ds_config_zero3.json', or leave it out."),
     (dict(fp16=True, bf16=True), 'fp16 and bf16 exclude each other: choose bf16 where the GPU has it.'),
     (dict(do_eval=True), 'do_eval needs eval_data_path: give a file, or set do_eval=False.'),
     (dict(tune_resampler=False), 'nothing would train: set use_lora, tune_llm, tune_vision or tune_resampler.'),
@@ -169,7 +171,7 @@ def test_unknown_setting_gives_the_nearest_name(preset):
     (dict(save_strategy='best'), "save_strategy is 'best': choose one of steps, epoch, no."),
     (dict(bad_samples='drop'), "bad_samples is 'drop': choose one of error, skip."),
     (dict(extra_image_tags='text'), "extra_image_tags is 'text': choose one of report, literal."),
-    (dict(report_to='wandb'), "report_to is 'wandb': choose one of none, tensorboard."),
+    (dict(report_to='mlflow'), "report_to is 'mlflow': choose one of none, tensorboard, wandb."),
     (dict(per_device_train_batch_size=0), 'per_device_train_batch_size is 0: it must be positive.'),
     (dict(learning_rate=-1e-6), 'learning_rate is -1e-06: it must be positive.'),
     (dict(learning_rate=float('nan')), 'learning_rate is nan: it must be positive.'),
@@ -241,3 +243,45 @@ def test_help_lists_every_field():
     assert "--learning_rate float [1e-6]\n      The guide's value; LoRA usually wants about 1e-4" in said
 
 def test_default_targets_are_the_guides(): assert GUIDE_LORA_TARGETS == LORA['lora_target_modules']
+
+
+# --- better values ---------------------------------------------------------------------------------------------------
+
+def test_recommended_replaces_the_guides_values_and_says_why(capsys):
+    cfg = recommended(lora('m', 'd', learning_rate=5e-5))
+    said = capsys.readouterr().out.splitlines()
+    assert cfg.learning_rate == 5e-5 and cfg.bf16 and not cfg.fp16 and not cfg.tune_vision and cfg.lora_target_modules == 'llm.attention llm.mlp'
+    assert 'save_steps: 10 -> 200: every 10 steps is a checkpoint every few minutes' in said and not any(line.startswith('learning_rate') for line in said)
+    assert recommended(cfg) == cfg
+
+def test_recommended_for_full_training():
+    cfg = recommended(full('m', 'd'))
+    assert (cfg.learning_rate, cfg.vision_learning_rate, cfg.tune_vision, cfg.lora_alpha) == (5e-6, 2e-6, True, 64)
+
+
+# --- offload ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('offload, stage, keys', [('none', 2, set()), ('optimizer', 2, {'offload_optimizer'}), ('optimizer', 3, {'offload_optimizer'}), ('all', 3, {'offload_optimizer', 'offload_param'})])
+def test_offload(offload, stage, keys):
+    zero = deepspeed_json(lora('m', 'd', offload=offload, deepspeed=f'ds_config_zero{stage}.json'))['zero_optimization']
+    assert {k for k in zero if k.startswith('offload')} == keys
+
+def test_weights_are_offloaded_under_zero3_only():
+    with pytest.raises(ValueError, match="offload='all' needs ZeRO-3"): deepspeed_json(lora('m', 'd', offload='all', deepspeed='ds_config_zero2.json'))
+
+
+# --- batches and precision -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('given, said', [(dict(train_batch_size=30), 'train_batch_size 30; 2 samples per GPU x 8 accumulation steps x 8 GPUs need 128'), (dict(train_micro_batch_size_per_gpu=4), 'train_micro_batch_size_per_gpu 4'),
+    (dict(gradient_accumulation_steps=3), 'gradient_accumulation_steps 3')])
+def test_batch_that_deepspeed_cannot_divide(tmp_path, given, said):
+    (tmp_path/'ds.json').write_text(json.dumps(dict(zero_optimization=dict(stage=2)) | given))
+    with pytest.raises(ValueError, match=said): check_batch(lora('m', 'd', gpus=8, deepspeed=str(tmp_path/'ds.json')))
+
+def test_batch_that_fits(tmp_path):
+    (tmp_path/'ds.json').write_text(json.dumps(dict(zero_optimization=dict(stage=2), train_batch_size=128, train_micro_batch_size_per_gpu='auto')))
+    check_batch(lora('m', 'd', gpus=8, deepspeed=str(tmp_path/'ds.json')))
+    check_batch(lora('m', 'd', gpus=8))
+
+@pytest.mark.parametrize('fp16, dtype, notes', [(True, 'bfloat16', 1), (True, 'float16', 0), (False, 'bfloat16', 0)])
+def test_fp16_on_a_bf16_checkpoint(fp16, dtype, notes): assert len(precision_notes(lora('m', 'd', fp16=fp16), dict(torch_dtype=dtype))) == notes

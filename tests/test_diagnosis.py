@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minicpmv_nb.quantizing import quantize
-from minicpmv_nb.diagnosis import CHECKS, METHODS, Folder, Machine, both_ways, doctor, fits, main, memory, memory_table, this_machine, training_counts
+from minicpmv_nb.tuning import memory
+from minicpmv_nb.diagnosis import CHECKS, METHODS, Folder, Machine, both_ways, doctor, fits, main, memory_table, this_machine, training_counts
 from minicpmv_nb.families import FAMILIES
 from minicpmv_nb.model import load, save, tiny_checkpoint, write_checkpoint
 from minicpmv_nb.training import prepare_model

@@ -62,7 +62,7 @@ def test_merged_again_can_be_tuned_again(tiny, tmp_path):
     again = merge(merged, adapter_of(merged, tmp_path/'second'), tmp_path/'again')
     assert weight_files(again).keys() == weight_files(tiny).keys()
 
-@pytest.mark.parametrize('setting', [dict(use_dora=True), dict(bias='all'), dict(rank_pattern={'q_proj': 2})])
+@pytest.mark.parametrize('setting', [dict(bias='all'), dict(rank_pattern={'q_proj': 2})])
 def test_what_is_not_plain_lora_is_refused(tiny, tmp_path, setting):
     adapter = adapter_of(tiny, tmp_path/'adapter')
     config = json.loads((adapter/'adapter_config.json').read_text()) | setting

@@ -1,0 +1,221 @@
+"Runs over several machines: two addresses of this one, or (slow) two network namespaces; and Slurm, played by two scripts."
+import json, os, shutil, stat, subprocess, sys, time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from minicpmv_nb.config import from_script, lora
+from minicpmv_nb.jobs import Run, RunFailed, fit_network, launch
+from minicpmv_nb.training import newest_checkpoint
+from support import free_port
+
+
+@pytest.fixture(scope='module')
+def cfg(tiny, drawn):
+    "One rank per machine; gloo is to use the loopback address of master_addr."
+    return lora(str(tiny), str(drawn), use_cpu=True, gpus=1, fp16=False, deepspeed=None, max_steps=3, save_steps=2, gradient_accumulation_steps=1, learning_rate=1e-3,
+        dataloader_num_workers=0, tune_vision=False, report_to='none')
+
+@pytest.fixture(scope='module')
+def one(cfg, tmp_path_factory):
+    "The same run with both ranks on one machine."
+    return launch(cfg, gpus=2, output_dir=str(tmp_path_factory.mktemp('one')/'run')).wait(timeout=180)
+
+@pytest.fixture
+def place(): return dict(nnodes=2, master_addr='127.0.0.2', master_port=free_port())
+
+def numbers(run)->list: return [(m['step'], m['loss'], m['grad_norm']) for m in run.metrics() if 'loss' in m]
+
+def assert_same(run, other):
+    assert len(numbers(run)) == 3
+    for mine, its in zip(numbers(run), numbers(other), strict=True): assert mine == pytest.approx(its, abs=1e-6)
+
+
+def test_two_machines_learn_what_one_does(cfg, one, place, tmp_path):
+    runs = [launch(cfg, node_rank=i, output_dir=str(tmp_path/str(i)), **place) for i in (0, 1)]
+    assert {run.status()['state'] for run in runs} <= {'starting', 'running'}
+    for run in runs: run.wait(timeout=180)
+    assert [run.status()['state'] for run in runs] == ['done', 'done']
+    assert_same(runs[0], one)
+    said = [line for line in runs[1].log(500).splitlines() if line.startswith('rank ')]
+    assert len(said) == 1 and said[0].startswith('rank 1 of 2, ')
+    assert Run.attach(tmp_path/'1').status()['state'] == 'done' # whoever asks
+    assert (tmp_path/'1'/'exit-1').read_text() == '0\n'
+    with pytest.raises(ValueError, match='numbers are written by machine 0'): runs[1].plot()
+
+def test_machines_share_a_folder(cfg, one, place, tmp_path):
+    shared = str(tmp_path/'shared')
+    second = launch(cfg, node_rank=1, output_dir=shared, **place) # the order is nobody's business
+    first = launch(cfg, node_rank=0, output_dir=shared, **place)
+    with pytest.raises(FileExistsError, match='holds a run already'): launch(cfg, node_rank=1, output_dir=shared, **place)
+    kept = {name: first.file(name).read_text() for name in ('config.json', 'run.sh')}
+    first.wait(timeout=180); second.wait(timeout=180)
+    assert_same(first, one)
+    assert kept == {name: first.file(name).read_text() for name in kept}
+    assert first.config.node_rank == 0 and second.config.node_rank == 1
+    assert second.file('log.txt').name == 'log-1.txt' and 'rank 0 of 2' not in second.log(500) and 'rank 1 of 2' not in first.log(500)
+    assert Run.attach(shared).node_rank == 0
+    assert Run.attach(shared, 1).status() | dict(state='done', step=3, steps=3) == Run.attach(shared, 1).status()
+    assert len(Run.attach(shared, 1).metrics()) == len(first.metrics())
+    with pytest.raises(FileNotFoundError, match='machine 5 takes no part'): Run.attach(shared, 5)
+    with pytest.raises(FileExistsError, match='holds a run already'): launch(cfg, node_rank=1, output_dir=shared, **place)
+
+def test_a_machine_is_stopped(cfg, place, tmp_path):
+    many = replace(cfg, max_steps=500, save_steps=1000)
+    runs = [launch(many, node_rank=i, output_dir=str(tmp_path/str(i)), **place) for i in (0, 1)]
+    end = time.monotonic() + 120
+    while not numbers(runs[0]):
+        assert time.monotonic() < end
+        time.sleep(.2)
+    assert runs[1].status()['state'] == 'running'
+    processes = psutil.Process(runs[1].status()['pid']).children(recursive=True)
+    assert len(processes) > 1
+    runs[1].stop()
+    assert runs[1].status()['state'] == 'stopped' and not any(p.is_running() for p in processes)
+    with pytest.raises(RunFailed): runs[0].wait(timeout=120)
+    with pytest.raises(ValueError, match='let them share the folder'): runs[1].resume()
+
+def test_a_machine_that_does_not_come(cfg, place, tmp_path):
+    first = launch(cfg, node_rank=0, output_dir=str(tmp_path/'0'), join_timeout=3, **place)
+    with pytest.raises(RunFailed, match=rf'Of 2 machines, 1 came to 127.0.0.2:{place["master_port"]} within 3 seconds. Launch the run on the others'): first.wait(timeout=90)
+    second = launch(cfg, node_rank=1, output_dir=str(tmp_path/'1'), join_timeout=3, **place)
+    with pytest.raises(RunFailed, match=rf'Machine 0 did not answer at 127.0.0.2:{place["master_port"]} within 3 seconds'): second.wait(timeout=90)
+    assert second.status()['state'] == 'failed' and (tmp_path/'1'/'exit-1').read_text() != '0\n'
+
+
+@pytest.mark.slow
+def test_two_hosts(cfg, one, tmp_path):
+    "Two network namespaces, each with an address of its own; needs root and iproute2."
+    hosts, port = [f'mcpm{os.getpid()}{i}' for i in (0, 1)], 6001
+    def ip(*args): subprocess.run(['ip', *args], check=True)
+    try:
+        for host in hosts: ip('netns', 'add', host); ip('-n', host, 'link', 'set', 'lo', 'up')
+        ip('link', 'add', 'veth0', 'netns', hosts[0], 'type', 'veth', 'peer', 'name', 'veth1', 'netns', hosts[1])
+        for i, host in enumerate(hosts): ip('-n', host, 'addr', 'add', f'10.77.0.{i+1}/24', 'dev', f'veth{i}'); ip('-n', host, 'link', 'set', f'veth{i}', 'up')
+        for i, host in enumerate(hosts):
+            call = f'from minicpmv_nb import launch, Config; launch(Config(**{asdict(cfg)!r}), output_dir={str(tmp_path/str(i))!r}, nnodes=2, node_rank={i}, master_addr="10.77.0.1", join_timeout=120)'
+            subprocess.run(['ip', 'netns', 'exec', host, sys.executable, '-c', call], check=True)
+        runs = [Run.attach(tmp_path/str(i)).wait(timeout=180) for i in (0, 1)]
+    finally:
+        for host in hosts: subprocess.run(['ip', 'netns', 'del', host])
+    assert [(run.node_rank, run.status()['state']) for run in runs] == [(0, 'done'), (1, 'done')]
+    assert_same(runs[0], one)
+    for i, run in enumerate(runs): assert f'export GLOO_SOCKET_IFNAME=veth{i}' in run.file('run.sh').read_text().splitlines()
+
+
+# --- what can be wrong before the start ------------------------------------------------------------------------------
+
+def test_settings_are_replaced_by_name(cfg, tmp_path):
+    with pytest.raises(TypeError, match="There is no setting 'node_rnk'. Did you mean node_rank?"): launch(cfg, output_dir=str(tmp_path/'run'), node_rnk=1)
+    with pytest.raises(ValueError, match='node_rank is 2, but there are 2 machines'): launch(cfg, output_dir=str(tmp_path/'run'), nnodes=2, node_rank=2)
+    with pytest.raises(ValueError, match='2 machines cannot meet at localhost.*Set master_addr'): launch(cfg, output_dir=str(tmp_path/'run'), nnodes=2)
+    assert not (tmp_path/'run').exists()
+
+def test_the_port_of_the_guide(cfg): assert fit_network(replace(cfg, nnodes=2, master_addr='10.77.0.1')).master_port == 6001
+
+def test_another_run_is_not_joined(cfg, place, tmp_path):
+    prepared = launch(cfg, output_dir=str(tmp_path/'run'), start=False, **place)
+    assert prepared.status()['state'] == 'prepared'
+    with pytest.raises(FileExistsError, match='holds a run already'): launch(cfg, output_dir=str(tmp_path/'run'), start=False, node_rank=1, **place | dict(nnodes=3))
+    assert launch(cfg, output_dir=str(tmp_path/'run'), start=False, node_rank=1, **place).file('run.sh').name == 'run-1.sh'
+
+def test_nccl_switches_and_interfaces(cfg, tmp_path, monkeypatch):
+    for name in ('NCCL_P2P_DISABLE', 'NCCL_IB_DISABLE', 'GLOO_SOCKET_IFNAME', 'NCCL_SOCKET_IFNAME'): monkeypatch.delenv(name, raising=False)
+    def exports(name, **changes):
+        run = launch(cfg, output_dir=str(tmp_path/name), start=False, **changes)
+        return [line.removeprefix('export ') for line in run.file('run.sh').read_text().splitlines() if 'NCCL' in line or 'GLOO' in line]
+    assert exports('none') == []
+    assert exports('p2p', nccl_p2p_disable=True) == ['NCCL_P2P_DISABLE=1']
+    assert exports('both', nccl_p2p_disable=True, nccl_ib_disable=True) == ['NCCL_P2P_DISABLE=1', 'NCCL_IB_DISABLE=1']
+    assert exports('lo', nnodes=2, master_addr='127.0.0.1') == ['GLOO_SOCKET_IFNAME=lo']
+    monkeypatch.setenv('GLOO_SOCKET_IFNAME', 'eth7'); monkeypatch.setenv('NCCL_SOCKET_IFNAME', 'ib0')
+    assert exports('mine', nnodes=2, master_addr='127.0.0.1') == ['GLOO_SOCKET_IFNAME=eth7', 'NCCL_SOCKET_IFNAME=ib0']
+
+@pytest.mark.parametrize('lines,found', [('', (False, False)), ('export NCCL_P2P_DISABLE=1 # no A100\n', (True, False)), ('export NCCL_P2P_DISABLE=1\nexport NCCL_IB_DISABLE=1\n', (True, True)), ('export NCCL_IB_DISABLE=0\n', (False, False))])
+def test_nccl_switches_of_a_script(tmp_path, lines, found):
+    (tmp_path/'finetune.sh').write_text(f'{lines}torchrun --nnodes 2 --node_rank 1 --master_addr 10.77.0.1 --master_port 6001 finetune.py --model_name_or_path m --data_path d.json\n')
+    cfg = from_script(tmp_path/'finetune.sh')
+    assert (cfg.nccl_p2p_disable, cfg.nccl_ib_disable) == found
+    assert (cfg.nnodes, cfg.node_rank, cfg.master_addr, cfg.master_port) == (2, 1, '10.77.0.1', 6001)
+
+
+# --- prepared, and Slurm ---------------------------------------------------------------------------------------------
+
+def test_prepared_and_started(cfg, tmp_path):
+    run = launch(cfg, output_dir=str(tmp_path/'run'), max_steps=1, start=False)
+    assert run.status()['state'] == 'prepared' and not run.log()
+    with pytest.raises(ValueError, match='is not started yet'): run.wait()
+    run.start().wait(timeout=120)
+    with pytest.raises(ValueError, match='is done: only a prepared run'): run.start()
+
+def test_gpus_of_another_machine(cfg, tmp_path):
+    run = launch(cfg, gpus=8, use_cpu=False, bf16=True, output_dir=str(tmp_path/'run'), start=False)
+    assert run.config.gpus == 8 and run.config.bf16
+    if not shutil.which('nvidia-smi'):
+        with pytest.raises(ValueError, match='8 GPUs are asked for and this machine has 0'): run.start()
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    "srun and scontrol of a cluster of up to two nodes, both of which are this machine."
+    tools = tmp_path/'bin'; tools.mkdir()
+    (tools/'scontrol').write_text('#!/bin/bash\n[ "$1 $2 $3" = "show hostnames n[0-1]" ] && printf "127.0.0.1\\nn1\\n"\n')
+    (tools/'srun').write_text('#!/bin/bash\nshift\nfor i in $(seq 0 $((SLURM_NNODES-1))); do SLURM_NODEID=$i "$@" & all="$all $!"; done\nfor p in $all; do wait $p || code=$?; done\nexit ${code:-0}\n')
+    for tool in tools.iterdir(): tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv('GLOO_SOCKET_IFNAME', 'lo')
+    def sbatch(file, nodes):
+        env = os.environ | dict(PATH=f'{tools}{os.pathsep}{os.environ["PATH"]}', SLURM_JOB_NODELIST='n[0-1]', SLURM_NNODES=str(nodes))
+        with open(file.parent/'log.txt', 'ab') as log: return subprocess.run(['bash', str(file)], env=env, stdout=log, stderr=log, timeout=240).returncode
+    return sbatch
+
+def test_slurm_starts_and_goes_on(cfg, cluster, tmp_path):
+    run = launch(cfg, output_dir=str(tmp_path/'a run of 100%'), start=False)
+    file = run.slurm(partition='a100')
+    assert subprocess.run(['bash', '-n', str(file)]).returncode == 0
+    assert run.status()['state'] == 'prepared'
+    assert cluster(file, 1) == 0, run.log(50)
+    assert run.status()['state'] == 'done' and run.status()['step'] == 3 and (run.final/'adapter_model.safetensors').is_file()
+    kept = json.loads((run.folder/'config.json').read_text())
+    (run.folder/'config.json').write_text(json.dumps(kept | dict(max_steps=5)))
+    (run.folder/'status.json').write_text(json.dumps(dict(state='failed'))) # as a requeued job finds it
+    assert cluster(run.slurm(), 1) == 0, run.log(50)
+    assert f'resuming from {newest_checkpoint(run.folder).with_name("checkpoint-3")}' in run.log(500)
+    assert [m['step'] for m in run.metrics() if 'loss' in m] == [1, 2, 3, 4, 5]
+
+def test_slurm_with_two_nodes(cfg, one, cluster, tmp_path):
+    run = launch(cfg, output_dir=str(tmp_path/'run'), nnodes=2, master_port=free_port(), start=False)
+    assert cluster(run.slurm(), 2) == 0, run.log(50)
+    assert_same(run, one)
+    assert [(run.folder/f'exit-{i}').read_text() for i in (0, 1)] == ['0\n', '0\n']
+
+def test_slurm_failure_is_seen(cfg, cluster, tmp_path):
+    run = launch(cfg, output_dir=str(tmp_path/'run'), start=False)
+    file = run.slurm()
+    (run.folder/'node.sh').write_text((run.folder/'node.sh').read_text().replace('--learning_rate 0.001', '--learning_rate much'))
+    assert cluster(file, 1) != 0
+    assert (run.folder/'exit-0').read_text() != '0\n'
+    (run.folder/'status.json').write_text(json.dumps(dict(state='running', slurm=True))) # what the first rank writes before something goes wrong
+    assert run.status()['state'] == 'failed'
+    with pytest.raises(RunFailed, match='Root Cause'): run.wait()
+    assert "--learning_rate is 'much': expected float" in run.log(500)
+
+def test_what_the_job_asks_for(cfg, tmp_path):
+    run = launch(cfg, gpus=8, use_cpu=False, nnodes=4, output_dir=str(tmp_path/'run'), dataloader_num_workers=2, start=False)
+    lines = run.slurm('2-12', 'a100', account="it's; me", extra=['--qos=high']).read_text().splitlines()
+    for option in ('--nodes=4', '--ntasks-per-node=1', '--gres=gpu:8', '--cpus-per-task=24', '--time=2-12', '--partition=a100', """--account='it'"'"'s; me'""", '--signal=TERM@120', '--requeue', '--qos=high'):
+        assert f'#SBATCH {option}' in lines
+    code = [line for line in lines if not line.startswith('#')]
+    assert len(code) == 4 and 'me' not in ''.join(code).split() # values are in comments only
+    script = (run.folder/'node.sh').read_text()
+    assert script.count('--node_rank "$SLURM_NODEID"') == 2 and script.count('--master_addr "$MASTER_ADDR"') == 2 and '--resume_from_checkpoint auto' in script
+
+@pytest.mark.parametrize('wrong,said', [(dict(account='a\nrm -rf x'), 'account is'), (dict(partition='a\0b'), 'partition is'), (dict(time='soon'), "time is 'soon'"), (dict(extra=['rm -rf x']), 'options of sbatch look like'), (dict(extra=['--a\nb']), 'options of sbatch look like')])
+def test_values_that_are_no_options(cfg, tmp_path, wrong, said):
+    run = launch(cfg, output_dir=str(tmp_path/'run'), start=False)
+    with pytest.raises(ValueError, match=said): run.slurm(**wrong)
+    assert not (run.folder/'job.sbatch').exists()
+
+def test_one_job_for_all_machines(cfg, place, tmp_path):
+    run = launch(cfg, output_dir=str(tmp_path/'run'), node_rank=1, start=False, **place)
+    with pytest.raises(ValueError, match='One job starts all machines'): run.slurm()
