@@ -122,6 +122,8 @@ def _rules(c:Config): # Pairs of (is it wrong, what to say)
         ((c.use_rslora or c.use_dora or c.loraplus_ratio) and not c.use_lora, 'use_rslora, use_dora and loraplus_ratio belong to LoRA: set use_lora=True, or leave them out.'),
         (c.early_stopping_patience and not c.do_eval, 'early_stopping_patience needs evaluations: set do_eval=True and give eval_data_path.'),
         (c.load_best_model_at_end and not c.do_eval, 'load_best_model_at_end needs evaluations: set do_eval=True and give eval_data_path.'),
+        (c.load_best_model_at_end and c.save_strategy == 'no', "load_best_model_at_end needs checkpoints, from which the best weights are taken: set save_strategy='steps' or 'epoch'."),
+        ((c.load_best_model_at_end or c.early_stopping_patience) and c.evaluation_strategy == 'no', "load_best_model_at_end and early_stopping_patience need evaluations: set evaluation_strategy='steps' or 'epoch'."),
         (c.offload != 'none' and not c.deepspeed, 'offload is done by DeepSpeed: set deepspeed=\'ds_config_zero3.json\', or leave it out.'),
         (c.quantize_vision and not c.q_lora, 'quantize_vision belongs to QLoRA: set q_lora=True, or leave it out.'),
         (c.quantize_vision and c.tune_vision, 'quantize_vision and tune_vision exclude each other: four-bit weights cannot be trained. Set one of them to false.'),

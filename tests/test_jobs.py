@@ -156,3 +156,12 @@ def test_a_broken_status_file_is_survived(cfg):
     (run.folder/'status.json').write_text('{"state": "run')
     assert run.status()['state'] == 'stopped' or run.status()['state'] in ('starting', 'running')
     until(lambda: run.status()['state'] == 'done')
+
+def test_what_the_data_check_found_is_printed(cfg, data_copy, capsys):
+    entries = json.loads(data_copy.read_text()); entries[1]['image'] = 'gone.png'; del entries[2]['image']; entries[2]['conversations'][0]['content'] = 'Which colour?'
+    data_copy.write_text(json.dumps(entries))
+    run = launch(replace(cfg, data_path=str(data_copy), bad_samples='skip'), start=False)
+    said = capsys.readouterr().out
+    assert f'{data_copy}: 24 entries, 23 good, 1 bad; 1 without a picture' in said and 'gone.png does not exist' in said
+    launch(cfg, output_dir=f'{run.folder}2', start=False)
+    assert 'entries' not in capsys.readouterr().out # nothing to say

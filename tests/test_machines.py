@@ -65,17 +65,27 @@ def test_machines_share_a_folder(cfg, one, place, tmp_path):
 def test_a_machine_is_stopped(cfg, place, tmp_path):
     many = replace(cfg, max_steps=500, save_steps=1000)
     runs = [launch(many, node_rank=i, output_dir=str(tmp_path/str(i)), **place) for i in (0, 1)]
-    end = time.monotonic() + 120
-    while not numbers(runs[0]):
-        assert time.monotonic() < end
-        time.sleep(.2)
+    until(lambda: numbers(runs[0]))
     assert runs[1].status()['state'] == 'running'
     processes = psutil.Process(runs[1].status()['pid']).children(recursive=True)
     assert len(processes) > 1
     runs[1].stop()
     assert runs[1].status()['state'] == 'stopped' and not any(p.is_running() for p in processes)
-    with pytest.raises(RunFailed): runs[0].wait(timeout=120)
+    with pytest.raises(RunFailed, match='was stopped'): runs[0].wait(timeout=120) # all save and leave together
     with pytest.raises(ValueError, match='let them share the folder'): runs[1].resume()
+
+def test_machine_0_is_stopped(cfg, place, tmp_path):
+    many = replace(cfg, max_steps=500, save_steps=1000)
+    runs = [launch(many, node_rank=i, output_dir=str(tmp_path/'shared'), **place) for i in (0, 1)]
+    until(lambda: numbers(runs[0]))
+    runs[0].stop()
+    with pytest.raises(RunFailed, match='was stopped'): runs[1].wait(timeout=120)
+    reached = int(newest_checkpoint(runs[0].folder).name.split('-')[1])
+    for run in runs:
+        kept = json.loads(run.file('config.json').read_text())
+        run.file('config.json').write_text(json.dumps(kept | dict(max_steps=reached+2)))
+    for run in [run.resume() for run in runs]: run.wait(timeout=180)
+    assert [m['step'] for m in runs[1].metrics() if 'loss' in m] == list(range(1, reached+3))
 
 def test_a_machine_that_does_not_come(cfg, place, tmp_path):
     first = launch(cfg, node_rank=0, output_dir=str(tmp_path/'0'), join_timeout=3, **place)
@@ -166,26 +176,40 @@ def cluster(tmp_path, monkeypatch):
     monkeypatch.setenv('GLOO_SOCKET_IFNAME', 'lo')
     def sbatch(file, nodes):
         env = os.environ | dict(PATH=f'{tools}{os.pathsep}{os.environ["PATH"]}', SLURM_JOB_NODELIST='n[0-1]', SLURM_NNODES=str(nodes))
-        with open(file.parent/'log.txt', 'ab') as log: return subprocess.run(['bash', str(file)], env=env, stdout=log, stderr=log, timeout=240).returncode
+        with open(file.parent/'log.txt', 'ab') as log: return subprocess.Popen(['bash', str(file)], env=env, stdout=log, stderr=log, start_new_session=True)
     return sbatch
 
+def until(done, seconds=120):
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, 'it did not happen'
+        time.sleep(.1)
+
 def test_slurm_starts_and_goes_on(cfg, cluster, tmp_path):
-    run = launch(cfg, output_dir=str(tmp_path/'a run of 100%'), start=False)
+    run = launch(cfg, output_dir=str(tmp_path/'a run of 100%'), max_steps=500, save_steps=1000, start=False)
     file = run.slurm(partition='a100')
     assert subprocess.run(['bash', '-n', str(file)]).returncode == 0
     assert run.status()['state'] == 'prepared'
-    assert cluster(file, 1) == 0, run.log(50)
-    assert run.status()['state'] == 'done' and run.status()['step'] == 3 and (run.final/'adapter_model.safetensors').is_file()
-    kept = json.loads((run.folder/'config.json').read_text())
-    (run.folder/'config.json').write_text(json.dumps(kept | dict(max_steps=5)))
-    (run.folder/'status.json').write_text(json.dumps(dict(state='failed'))) # as a requeued job finds it
-    assert cluster(run.slurm(), 1) == 0, run.log(50)
-    assert f'resuming from {newest_checkpoint(run.folder).with_name("checkpoint-3")}' in run.log(500)
-    assert [m['step'] for m in run.metrics() if 'loss' in m] == [1, 2, 3, 4, 5]
+    job = cluster(file, 1)
+    until(lambda: len(numbers(run)) > 2)
+    assert run.status()['state'] == 'running'
+    with pytest.raises(ValueError, match='end it with scancel'): run.stop()
+    with pytest.raises(ValueError, match='is running: prepare a new run'): run.slurm()
+    torchrun = psutil.Process(run.status()['pid'])
+    for p in (torchrun.parent(), torchrun): p.terminate() # as two minutes before the time limit
+    job.wait(120)
+    assert run.status()['state'] == 'stopped', run.log(50)
+    reached = int(newest_checkpoint(run.folder).name.split('-')[1])
+    assert reached == run.status()['step']
+    (run.folder/'config.json').write_text(json.dumps(json.loads((run.folder/'config.json').read_text()) | dict(max_steps=reached+2)))
+    assert cluster(run.slurm(), 1).wait(240) == 0, run.log(50)
+    assert run.status()['state'] == 'done' and (run.final/'adapter_model.safetensors').is_file()
+    assert f'resuming from {run.folder}/checkpoint-{reached}' in run.log(500)
+    assert [m['step'] for m in run.metrics() if 'loss' in m] == list(range(1, reached+3))
 
 def test_slurm_with_two_nodes(cfg, one, cluster, tmp_path):
     run = launch(cfg, output_dir=str(tmp_path/'run'), nnodes=2, master_port=free_port(), start=False)
-    assert cluster(run.slurm(), 2) == 0, run.log(50)
+    assert cluster(run.slurm(), 2).wait(240) == 0, run.log(50)
     assert_same(run, one)
     assert [(run.folder/f'exit-{i}').read_text() for i in (0, 1)] == ['0\n', '0\n']
 
@@ -193,7 +217,7 @@ def test_slurm_failure_is_seen(cfg, cluster, tmp_path):
     run = launch(cfg, output_dir=str(tmp_path/'run'), start=False)
     file = run.slurm()
     (run.folder/'node.sh').write_text((run.folder/'node.sh').read_text().replace('--learning_rate 0.001', '--learning_rate much'))
-    assert cluster(file, 1) != 0
+    assert cluster(file, 1).wait(120) != 0
     assert (run.folder/'exit-0').read_text() != '0\n'
     (run.folder/'status.json').write_text(json.dumps(dict(state='running', slurm=True))) # what the first rank writes before something goes wrong
     assert run.status()['state'] == 'failed'

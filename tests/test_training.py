@@ -105,12 +105,12 @@ def test_nan_on_one_of_two_ranks_ends_the_job(tiny, drawn, tmp_path):
     assert not (tmp_path/'final').exists()
 
 def test_target_without_a_gradient_is_named(cfg, monkeypatch):
-    loaded = training.load
+    loaded = training.load_any
     def with_spare(*args):
         model = loaded(*args)
         model.llm.spare = torch.nn.Linear(4, 4)  # no forward pass comes here
         return model
-    monkeypatch.setattr(training, 'load', with_spare)
+    monkeypatch.setattr(training, 'load_any', with_spare)
     with pytest.raises(RuntimeError) as e: train(replace(cfg, lora_target_modules=cfg.lora_target_modules + r'|llm\.spare'))
     assert str(e.value).startswith('2 trainable parameters got no gradient in the first step: llm.spare.lora_A.default.weight, llm.spare.lora_B.default.weight. ')
     assert 'leave their modules out of lora_target_modules' in str(e.value)
@@ -200,8 +200,8 @@ def dies_after_the_weights(monkeypatch):
 
 def dies_within_the_weights(monkeypatch):
     real = training._save_adapter
-    def half(model, state, out):
-        real(model, state, out)
+    def half(model, state, out, notes):
+        real(model, state, out, notes)
         (out/'adapter_model.safetensors').write_bytes((out/'adapter_model.safetensors').read_bytes()[:1000])
         raise KeyboardInterrupt
     monkeypatch.setattr(training, '_save_adapter', half)
