@@ -1,7 +1,11 @@
 "Fine-tune MiniCPM-V vision-language models, one notebook at a time. Importing this loads neither torch nor transformers."
 __version__ = "0.0.1"
 
+import logging
 from importlib import import_module
+
+# Importing bitsandbytes, which PEFT does wherever it is installed, warns of a kernel that is only used for generating on a CPU.
+logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)
 
 # Where each public name lives; it is imported when it is first used.
 _HOMES = dict(

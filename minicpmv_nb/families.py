@@ -214,7 +214,8 @@ def read_config(
     "Read a checkpoint's configuration. Raises `FileNotFoundError` with what to do, or `ValueError` for broken JSON."
     file = Path(folder)/'config.json'
     if not Path(folder).is_dir(): raise FileNotFoundError(f"There is no folder {folder}. Give the path of a downloaded checkpoint, or a hub id such as {FAMILIES['2.5'].hub_id}.")
-    if not file.is_file(): raise FileNotFoundError(f"{folder} has no config.json, so it is not a checkpoint folder. Download the model again, all files.")
+    if (Path(folder)/'adapter_config.json').is_file(): raise FileNotFoundError(f"{folder} is an adapter, not a checkpoint: give the base it was trained on, and the adapter beside it, as in Chat.load(base, adapter) or merge(base, adapter, out).")
+    if not file.is_file(): raise FileNotFoundError(f"{folder} has no config.json, so it is not a checkpoint folder. Is it the right one? If so, download the model again, all files.")
     try: return json.loads(file.read_text(encoding='utf-8'))
     except json.JSONDecodeError as e: raise ValueError(f"{file} is not valid JSON (line {e.lineno}): download it again.") from e
 

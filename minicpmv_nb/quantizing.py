@@ -164,7 +164,7 @@ def quantize(
     "Write a checkpoint with four-bit layers. Raises `FileExistsError` when `out` is not empty, `ValueError` for a folder that is quantised already, and as `model.load`."
     from tqdm.auto import tqdm
     src, device = resolve(str(src))[0], device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    if is_quantized(src): raise ValueError(f'{src} is quantised already.')
+    if is_quantized(src): raise ValueError(f'{src} is quantised already: use it as it is.')
     files, config = weight_files(src), read_config(src)
     with torch.device('meta'): model = MiniCPMV(config)
     names = {f'{n}.weight' for n in quantized_layers(model, vision)}

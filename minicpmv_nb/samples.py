@@ -109,6 +109,7 @@ def read_entries(
     try: entries = json.loads(file.read_text(encoding='utf-8-sig'))
     except UnicodeDecodeError as e: raise ValueError(f'{path} is not UTF-8 text (byte {e.start}). Save it as UTF-8.') from e
     except json.JSONDecodeError as e:
+        if e.msg == 'Extra data' and e.lineno == 2: raise ValueError(f'{path} has one JSON object per line (JSON Lines). Put them into one list: [ at the beginning, a comma after each line but the last, ] at the end.') from e
         raise ValueError(f'{path} is not valid JSON: line {e.lineno}, column {e.colno}: {e.msg}. JSON needs double quotes, and no comma after the last item.') from e
     if not isinstance(entries, list): raise ValueError(f'{path} holds a JSON {type(entries).__name__}, not a list of conversations. Put the entries into [ ].')
     if not entries: raise ValueError(f'{path} is an empty list: there is nothing to train on.')
@@ -188,6 +189,7 @@ def _turn(i:int, turn, want:str)->list[tuple[str,str]]: # (reason, fix) for ever
 
 def _talk(entry:dict)->list[tuple[str,str]]: # (reason, fix) for everything wrong with the turns
     talk = entry.get('conversations')
+    if talk is None and entry.get('messages'): return [('No conversations, but a key messages.', 'Rename messages to conversations.')]
     if not isinstance(talk, list) or not talk: return [('No conversations.', 'Add "conversations": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}].')]
     start = _first_user(talk)
     wants = ['system']*start + ['user', 'assistant']*len(talk)

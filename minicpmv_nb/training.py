@@ -141,8 +141,8 @@ class RunLog(TrainerCallback):
         self.seen = [self.seen[0]+tokens, self.seen[1]+samples]
 
     def status(self, state:str, **also):
-        "Replace status.json."
-        write_status(self.folder, state, **also)
+        "Replace status.json. What another rank found to have failed stays so, also where this one was only asleep."
+        if read_status(self.folder).get('state') != 'failed': write_status(self.folder, state, **also)
 
     def on_train_begin(self, args, state, control, **kw):
         self.mark, self.start = time.time(), (time.time(), state.global_step)

@@ -285,3 +285,7 @@ def test_batch_that_fits(tmp_path):
 
 @pytest.mark.parametrize('fp16, dtype, notes', [(True, 'bfloat16', 1), (True, 'float16', 0), (False, 'bfloat16', 0)])
 def test_fp16_on_a_bf16_checkpoint(fp16, dtype, notes): assert len(precision_notes(lora('m', 'd', fp16=fp16), dict(torch_dtype=dtype))) == notes
+
+@pytest.mark.parametrize('name, meant', [('lr', 'learning_rate'), ('batch_size', 'per_device_train_batch_size'), ('rank', 'lora_r'), ('device', 'use_cpu')])
+def test_names_of_other_programs(name, meant):
+    with pytest.raises(TypeError, match=f'There is no setting {name!r}. Did you mean {meant}[?]'): lora('m', 'd', **{name: 1})

@@ -50,7 +50,7 @@ def test_no_such_folder(tmp_path, monkeypatch, name):
 
 def test_folder_without_config(tmp_path):
     with pytest.raises(FileNotFoundError) as e: resolve(str(tmp_path))
-    assert str(e.value) == f'{tmp_path} has no config.json, so it is not a checkpoint folder. Download the model again, all files.'
+    assert str(e.value) == f'{tmp_path} has no config.json, so it is not a checkpoint folder. Is it the right one? If so, download the model again, all files.'
 
 def test_broken_config(tmp_path):
     (tmp_path/'config.json').write_text('{"version": "2.5",\n')
@@ -107,3 +107,7 @@ def test_hub_id_that_is_not_there(tmp_path):
 def test_revision_that_is_not_there(cache):
     done = resolve_offline(cache, HUB_ID, 'other')
     assert done.returncode == 1 and f'hf download {HUB_ID}' in done.stderr and '--revision other' in done.stderr
+
+def test_an_adapter_is_no_checkpoint(tmp_path):
+    (tmp_path/'adapter_config.json').write_text('{}')
+    with pytest.raises(FileNotFoundError, match='is an adapter, not a checkpoint: give the base it was trained on'): read_config(tmp_path)

@@ -165,3 +165,11 @@ def test_what_the_data_check_found_is_printed(cfg, data_copy, capsys):
     assert f'{data_copy}: 24 entries, 23 good, 1 bad; 1 without a picture' in said and 'gone.png does not exist' in said
     launch(cfg, output_dir=f'{run.folder}2', start=False)
     assert 'entries' not in capsys.readouterr().out # nothing to say
+
+def test_locks_of_ended_processes_are_removed(tmp_path):
+    # DeepSpeed's compiling waits for a lock file, forever if its owner was killed.
+    from minicpmv_nb.jobs import clear_locks
+    for name in ('dead', 'alive'): (tmp_path/name).mkdir(); (tmp_path/name/'lock').touch()
+    with open(tmp_path/'alive'/'lock'): assert clear_locks(tmp_path) == [tmp_path/'dead'/'lock']
+    assert (tmp_path/'alive'/'lock').exists() and not (tmp_path/'dead'/'lock').exists()
+    assert clear_locks(tmp_path/'none') == []

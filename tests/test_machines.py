@@ -62,6 +62,7 @@ def test_machines_share_a_folder(cfg, one, place, tmp_path):
     with pytest.raises(FileNotFoundError, match='machine 5 takes no part'): Run.attach(shared, 5)
     with pytest.raises(FileExistsError, match='holds a run already'): launch(cfg, node_rank=1, output_dir=shared, **place)
 
+@pytest.mark.slow
 def test_a_machine_is_stopped(cfg, place, tmp_path):
     many = replace(cfg, max_steps=500, save_steps=1000)
     runs = [launch(many, node_rank=i, output_dir=str(tmp_path/str(i)), **place) for i in (0, 1)]
@@ -74,6 +75,7 @@ def test_a_machine_is_stopped(cfg, place, tmp_path):
     with pytest.raises(RunFailed, match='was stopped'): runs[0].wait(timeout=120) # all save and leave together
     with pytest.raises(ValueError, match='let them share the folder'): runs[1].resume()
 
+@pytest.mark.slow
 def test_machine_0_is_stopped(cfg, place, tmp_path):
     many = replace(cfg, max_steps=500, save_steps=1000)
     runs = [launch(many, node_rank=i, output_dir=str(tmp_path/'shared'), **place) for i in (0, 1)]
@@ -207,6 +209,7 @@ def test_slurm_starts_and_goes_on(cfg, cluster, tmp_path):
     assert f'resuming from {run.folder}/checkpoint-{reached}' in run.log(500)
     assert [m['step'] for m in run.metrics() if 'loss' in m] == list(range(1, reached+3))
 
+@pytest.mark.slow
 def test_slurm_with_two_nodes(cfg, one, cluster, tmp_path):
     run = launch(cfg, output_dir=str(tmp_path/'run'), nnodes=2, master_port=free_port(), start=False)
     assert cluster(run.slurm(), 2).wait(240) == 0, run.log(50)

@@ -545,3 +545,11 @@ def test_numbered_tag_beside_one_picture(tmp_path):
 def test_video(tmp_path):
     _, report = check(write_data(tmp_path, [dict(id='0', video='v.mp4', conversations=talk())]))
     assert report.problems[0].reason == 'There is a video, and videos are not supported.'
+
+def test_json_lines(tmp_path):
+    (tmp_path/'d.json').write_text('{"id": "0"}\n{"id": "1"}\n')
+    with pytest.raises(ValueError, match='has one JSON object per line'): check(tmp_path/'d.json')
+
+def test_messages(tmp_path):
+    _, report = check(write_data(tmp_path, [dict(id='0', image='dot.png', messages=talk())]))
+    assert (report.problems[0].reason, report.problems[0].fix) == ('No conversations, but a key messages.', 'Rename messages to conversations.')

@@ -239,7 +239,7 @@ def test_early_stopping_counts_on_after_a_resume(judged, tmp_path):
 
 def test_what_the_best_needs_is_said(judged):
     with pytest.raises(ValueError, match='load_best_model_at_end needs checkpoints'): train(replace(judged, load_best_model_at_end=True, save_strategy='no'))
-    with pytest.raises(ValueError, match='early_stopping_patience needs evaluations during training'): train(replace(judged, early_stopping_patience=1, evaluation_strategy='no'))
+    with pytest.raises(ValueError, match='load_best_model_at_end and early_stopping_patience need evaluations'): train(replace(judged, early_stopping_patience=1, evaluation_strategy='no'))
 
 @pytest.mark.slow
 @pytest.mark.parametrize('stage', [2, 3])
