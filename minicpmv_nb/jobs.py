@@ -252,8 +252,12 @@ def wait(self,
 def _advance(bar, status:dict)->None: # Move a progress bar to where the run is
     if 'steps' in status: bar.total = status['steps']; bar.update(status.get('step', 0)-bar.n)
 
-def cause(self)->str: # Why a run failed
+def cause(self,
+    patience:float=20, # Seconds for torchrun to say in the log which rank was ended from outside
+)->str: # Why a run failed
     "The failing rank's own words, or what torchrun noticed, and the end of the log."
+    end = time.monotonic()+patience
+    while alive(self.status()) and time.monotonic() < end: time.sleep(.2)
     since = _log_since(self, self.status())
     error = self.status().get('error')
     hung = error if error and 'has not finished step' in error else None # such a rank is killed in the end

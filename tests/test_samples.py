@@ -429,7 +429,7 @@ def test_file_does_not_exist(tmp_path):
     with pytest.raises(FileNotFoundError) as e: read_entries(tmp_path/'none.json')
     assert str(e.value) == f'There is no data file {tmp_path/"none.json"}.'
 
-@pytest.mark.parametrize('text, place', [('[\n {"id": "0",}\n]', 'line 2, column'), ('{"id": 1}\n{"id": 2}\n', 'line 2, column 1'), ("['a']", 'line 1, column 2'), ('', 'line 1, column 1')])
+@pytest.mark.parametrize('text, place', [('[\n {"id": "0",}\n]', 'line 2, column'), ('{"id": 1}\n\n{"id": 2}\n', 'line 3, column 1'), ("['a']", 'line 1, column 2'), ('', 'line 1, column 1')])
 def test_broken_json_gives_line_and_column(tmp_path, text, place):
     (tmp_path/'data.json').write_text(text)
     with pytest.raises(ValueError) as e: check(tmp_path/'data.json')
