@@ -164,8 +164,8 @@ def test_zero_gives_the_same_steps(run, int4, stage):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['2.0', 'o-2.6'])
 def test_other_towers_under_zero3(bases, run, name):
-    steps, _, _ = run(2, 2, base=bases[name], deepspeed='ds_config_zero3.json', bf16='true', quantize_vision='true', learning_rate=0.01)
-    assert steps[-1][0] < steps[0][0]
+    (one, _, _), (two, _, _) = run(1, 4, base=bases[name], quantize_vision='true'), run(2, 2, base=bases[name], quantize_vision='true', deepspeed='ds_config_zero3.json')
+    for a, b in zip(one, two, strict=True): assert a == pytest.approx(b, rel=1e-5)
 
 def test_merged_into_the_bf16_base(bases, run, tmp_path):
     _, _, adapter = run(1, 4, save_strategy='steps')
