@@ -124,7 +124,7 @@ V20 = Family(name='2.0', title='MiniCPM-V 2.0', version=None, hub_id='openbmb/Mi
         rope_theta=10000.0, rope_scaling=None, attention_bias=False, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, query_num=64, scale_emb=12, scale_depth=1.4,
         dim_model_base=256, drop_vision_last_layer=True, vision_encoder='vit_so400m_patch14_siglip_384.webli', max_slice_nums=9, scale_resolution=448),
     stand_in=StandIn(specials=('<unk>', '<s>', '</s>', *PICTURE_TOKENS), bos='<s>', eos='</s>', pad='<unk>', adds_bos=True),
-    tiny=dict(num_key_value_heads=4, dim_model_base=64, scale_resolution=112, vision_config=dict(hidden_size=64, image_size=384, intermediate_size=128,
+    tiny=dict(num_key_value_heads=4, dim_model_base=32, scale_resolution=112, vision_config=dict(hidden_size=64, image_size=384, intermediate_size=128,
         num_attention_heads=4, num_hidden_layers=3, patch_size=14)))
 
 V25 = Family(name='2.5', title='MiniCPM-Llama3-V 2.5', version='2.5', hub_id='openbmb/MiniCPM-Llama3-V-2_5', llm_type='llama3', llm_config='LlamaConfig', llm_class='LlamaForCausalLM',
