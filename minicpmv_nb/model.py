@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['NOT_LLM', 'TINY', 'TINY_TOWER', 'LEFT_OUT_SIZE', 'WEIGHTS', 'LEFT_BY_TRAINING', 'NOTES', 'place', 'shift',
-           'token_losses', 'llm_config', 'ScaledEmbedding', 'ScaledNorm', 'ScaledAttention', 'ScaledMLP', 'scale_llama',
-           'MiniCPMV', 'tiny_checkpoint', 'processor_settings', 'weight_files', 'read_tensor', 'tensor_shapes',
-           'check_shapes', 'say', 'left_out', 'check_weights', 'load', 'fill', 'copy_rest', 'set_max_slices',
-           'write_checkpoint', 'aside', 'into_place', 'save', 'fingerprint', 'adapter_notes', 'generate']
+           'head_losses', 'token_losses', 'llm_config', 'ScaledEmbedding', 'ScaledNorm', 'ScaledAttention', 'ScaledMLP',
+           'scale_llama', 'MiniCPMV', 'tiny_checkpoint', 'processor_settings', 'weight_files', 'read_tensor',
+           'tensor_shapes', 'check_shapes', 'say', 'left_out', 'check_weights', 'load', 'fill', 'copy_rest',
+           'set_max_slices', 'write_checkpoint', 'aside', 'into_place', 'save', 'fingerprint', 'adapter_notes',
+           'generate']
 
 # %% ../nbs/06_model.ipynb #87c08460
 import hashlib, json, math, os, shutil
@@ -43,6 +44,14 @@ def shift(
     "Move labels one to the left."
     return F.pad(labels[:, 1:], (0, 1), value=-100)
 
+def head_losses(
+    hidden:torch.Tensor, # (N, H) last hidden states, of taught tokens only
+    targets:torch.Tensor, # (N,) what they should predict
+    lm_head:nn.Module, # From hidden states to logits
+)->torch.Tensor: # float32 (N,)
+    "Cross-entropy in float32."
+    return F.cross_entropy(lm_head(hidden).float(), targets, reduction='none')
+
 def token_losses(
     hidden:torch.Tensor, # (B, T, H) last hidden states
     targets:torch.Tensor, # (B, T) shifted labels
@@ -50,7 +59,7 @@ def token_losses(
 )->torch.Tensor: # float32, one per taught token, in the order of the flattened targets
     "Cross-entropy of the taught tokens, without computing the logits of the others."
     taught = targets != -100
-    return F.cross_entropy(lm_head(hidden[taught]).float(), targets[taught], reduction='none')
+    return head_losses(hidden[taught], targets[taught], lm_head)
 
 # %% ../nbs/06_model.ipynb #319f450a
 # Keys that are not the language model's, or say where the file came from

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .config import Config, zero_stage
+from .config import Config, offloaded, zero_stage
 from .model import MiniCPMV
 from .vision import Resampler
 
@@ -116,13 +116,16 @@ def memory(
     gpus:int=1, # How many share
     packed:int=0, # Of the frozen parameters, those in four bits
     width:int=2, # Bytes of a weight that is not trained in float32
+    offload:str='none', # `Config.offload`: what lies in the machine's memory takes none of the GPU's
+    moments:int=8, # Bytes of the optimiser's state for each trained parameter: Adam's two moments in float32
 )->dict[str,float]: # GB per GPU: `loading`, `weights`, `gradients`, `optimizer`, `together`
     "The memory of weights, gradients and optimiser."
-    each = (width, width, 12) if stage else (4, 4, 8)
+    each = (width, width, 4+moments) if stage else (4, 4, moments)
     whole = dict(zip(('weights', 'gradients', 'optimizer'), (n*trained/1e9 for n in each)))
     whole['weights'] += (width*(frozen-packed) + PACKED_BYTES*packed)/1e9
-    shared = {0: (), 2: ('gradients', 'optimizer'), 3: ('weights', 'gradients', 'optimizer')}[stage]
-    parts = {k: v/gpus if k in shared else v for k, v in whole.items()}
+    shared = {0: (), 1: ('optimizer',), 2: ('gradients', 'optimizer'), 3: ('weights', 'gradients', 'optimizer')}[stage]
+    away = dict(none=(), optimizer=('gradients', 'optimizer'), all=('weights', 'gradients', 'optimizer'))[offload]
+    parts = {k: 0.0 if k in away else v/gpus if k in shared else v for k, v in whole.items()}
     return dict(loading=whole['weights']) | parts | dict(together=sum(parts.values()))
 
 def _size(p:nn.Parameter)->int: # Parameters, however they are kept: split over ranks by ZeRO-3, or in four bits
@@ -169,7 +172,7 @@ def part_table(
 def _add_costs(rows:dict, total:dict, held:dict, cfg:Config, gpus:int)->None: # Learning rates and GB
     width, columns = 2 if cfg.bf16 or cfg.fp16 else 4, ('weights', 'gradients', 'optimizer')
     for key, row in rows.items():
-        needs = memory(**held[key], stage=zero_stage(cfg), gpus=gpus, width=width)
+        needs = memory(**held[key], stage=zero_stage(cfg), gpus=gpus, width=width, offload=offloaded(cfg))
         row |= dict(learning_rate=rates(cfg)[key][0] if row['trainable'] else '') | {c: needs[c] for c in columns}
     total |= dict(learning_rate='') | {c: sum(r[c] for r in rows.values()) for c in columns}
 

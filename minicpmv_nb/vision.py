@@ -43,6 +43,7 @@ class Layout:
     times: torch.Tensor # (P,) time of the frame, in tenths of a second; -1: a picture
     reads: list # Per run of units: (units, keys) the places a unit reads
     order: torch.Tensor # (U,) where in those runs each unit is
+    latest: int = 0 # The largest of the times
 
     def to(self, device)->'Layout': # The same on another device
         "Move all tensors."
@@ -99,7 +100,7 @@ def layout(
         n, found[i] = torch.arange(h*w), torch.arange(here.start, here.stop)
         source[here], rows[here], cols[here], times[here] = patches[i] + n, n//w, n%w, ages.get(i, -1)
     reads, unit_order = _reads(found, [len(unit) for unit in frame_times] if frame_times else [1]*len(sizes))
-    return Layout(runs, [sizes[i] for i in order], source, torch.cat([places[i] for i in order]), rows, cols, times, reads, unit_order)
+    return Layout(runs, [sizes[i] for i in order], source, torch.cat([places[i] for i in order]), rows, cols, times, reads, unit_order, max(0, *ages.values()) if ages else 0)
 
 def _starts(lengths)->list[int]: # Where each begins, and where the last one ends
     return [0, *accumulate(lengths)]
@@ -270,22 +271,23 @@ def sine_table(
     angle = np.outer(np.arange(n, dtype=np.float32), omega)
     return torch.from_numpy(np.concatenate([np.sin(angle), np.cos(angle)], 1).astype(np.float32))
 
-def _look_up(index:torch.Tensor, dim:int)->torch.Tensor: # (P,) -> (P, dim), from a table whose size is a power of two, so that few are made
-    return sine_table(1 << max(6, int(index.max()).bit_length()), dim).to(index.device)[index]
+def _look_up(index:torch.Tensor, last:int, dim:int)->torch.Tensor: # (P,) and the largest of them -> (P, dim), from a table whose size is a power of two, so that few are made
+    return sine_table(1 << max(6, last.bit_length()), dim).to(index.device)[index]
 
 def patch_positions(
     l:Layout, # Rows and columns of the patches
     dim:int, # Channels
 )->torch.Tensor: # float32 (P, dim)
     "Two-dimensional positions: column in the first half of the channels, row in the second."
-    return torch.cat([_look_up(l.cols, dim//2), _look_up(l.rows, dim//2)], -1)
+    last = max(side for size in l.sizes for side in size) - 1 # known here: asking the tensors would make a GPU wait
+    return torch.cat([_look_up(l.cols, last, dim//2), _look_up(l.rows, last, dim//2)], -1)
 
 def frame_positions(
     l:Layout, # Times of the frames
     dim:int, # Channels
 )->torch.Tensor: # float32 (P, dim), zeros for pictures
     "Positions in time (`get_1d_sincos_pos_embed_from_temporal_size` of the official 4.5)."
-    return _look_up(l.times.clamp(min=0), dim)*(l.times >= 0)[:, None]
+    return _look_up(l.times.clamp(min=0), l.latest, dim)*(l.times >= 0)[:, None]
 
 # %% ../nbs/05_vision.ipynb #7de7a386
 class CrossAttention(nn.Module):
