@@ -10,7 +10,7 @@ logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)
 # Where each public name lives; it is imported when it is first used.
 _HOMES = dict(
     config='Config lora qlora full recommended from_script', samples='Sample check DataError', prompts='Processor', model='load save tiny_checkpoint', batches='load_data',
-    tuning='add_adapter part_table', quantizing='quantize', training='train', plots='plot_run', jobs='launch Run RunFailed', merging='merge', chat='Chat answer_file exact_match', diagnosis='doctor')
+    tuning='add_adapter part_table', quantizing='quantize', training='train', plots='plot_run', jobs='launch Run RunFailed', merging='merge', chat='Chat answer_file exact_match', estimating='estimate', diagnosis='doctor')
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = sorted(_HOME)
 

@@ -1,0 +1,39 @@
+"`minicpmv_nb.training` that counts the bytes of all tensors of its process: behind the second backward pass, and behind the step. They end up in held-RANK.json of the run folder."
+import gc, json, os
+from pathlib import Path
+
+import deepspeed, torch
+from transformers import TrainerCallback
+
+from minicpmv_nb import training
+
+held = {}
+
+def count()->int:
+    "Bytes of all blocks of memory that some tensor in this process uses, gradients included."
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+    tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
+    blocks = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.layout == torch.strided and not t.is_meta}
+    return sum(n for p, n in blocks.items() if p)
+
+class Count(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, **kw): held.setdefault('training', []).append(count()) # under DeepSpeed behind the step
+    def on_step_end(self, args, state, control, **kw): held.setdefault('step', []).append(count())
+    def on_train_end(self, args, state, control, **kw):
+        if 'engine' in held: held['training'] = held.pop('engine')
+        (Path(args.output_dir)/f'held-{os.environ["RANK"]}.json').write_text(json.dumps({k: v[1] for k, v in held.items()}))
+
+step = deepspeed.DeepSpeedEngine.step
+def counted_step(self, *args, **kwargs):
+    held.setdefault('engine', []).append(count())
+    return step(self, *args, **kwargs)
+deepspeed.DeepSpeedEngine.step = counted_step
+
+make = training.make_trainer
+def make_trainer(cfg):
+    trainer = make(cfg)
+    trainer.add_callback(Count())
+    return trainer
+training.make_trainer = make_trainer
+
+if __name__ == '__main__': training.main()

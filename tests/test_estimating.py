@@ -1,0 +1,72 @@
+"What `estimate` says against what real runs hold."
+import json
+from dataclasses import replace
+
+import pytest
+
+from support import ANSWERS, QUESTION, TESTS, draw_data, run_ranks
+
+METHODS = ('lora', 'qlora', 'full')
+STAGES = (0, 2, 3)
+QUICK = {('lora', 2), ('qlora', 3), ('full', 0)}
+
+
+@pytest.fixture(scope='module')
+def larger(tmp_path_factory):
+    "A checkpoint in which weights are most of what a process holds."
+    from minicpmv_nb.model import tiny_checkpoint
+    return tiny_checkpoint(tmp_path_factory.mktemp('model')/'larger', [QUESTION, *ANSWERS], '2.6', hidden_size=512, intermediate_size=2048, num_hidden_layers=4)
+
+def zero_file(folder, stage):
+    "Our own DeepSpeed configuration with a bucket that does not outweigh everything else at this size."
+    from minicpmv_nb.config import deepspeed_json, lora
+    given = deepspeed_json(lora('', '', deepspeed=f'ds_config_zero{stage}.json', bf16=True, fp16=False, per_device_train_batch_size=1, gradient_accumulation_steps=1))
+    given['zero_optimization']['reduce_bucket_size'] = 2_000_000 # larger than any weight
+    (folder/'zero.json').write_text(json.dumps(given))
+    return str(folder/'zero.json')
+
+def parts(e, moment, names): return sum(r[moment] for r in e.rows if r['part'] in names)*1e9
+
+@pytest.mark.parametrize('method, stage', [pytest.param(m, s, marks=() if (m, s) in QUICK else pytest.mark.slow) for m in METHODS for s in STAGES])
+def test_bytes_of_a_real_run(method, stage, larger, tmp_path):
+    from minicpmv_nb import config, estimate
+    from minicpmv_nb.config import to_flags
+    data = draw_data(tmp_path, 8)
+    cfg = getattr(config, method)(str(larger), str(data), deepspeed=zero_file(tmp_path, stage) if stage else None, bf16=True, fp16=False, use_cpu=True, gpus=2, max_steps=3, tune_vision=False,
+        per_device_train_batch_size=1, gradient_accumulation_steps=1, dataloader_num_workers=0, save_strategy='no', report_to='none', output_dir=str(tmp_path/'run'))
+    run_ranks(to_flags(replace(cfg, gpus=None)), ranks=2, script=[str(TESTS/'count_bytes.py')])
+    e = estimate(cfg, gpus=2)
+    for rank in (0, 1):
+        held = json.loads((tmp_path/'run'/f'held-{rank}.json').read_text())
+        kept = {'weights', 'optimizer'} | ({'gradients'} if stage == 3 else set()) # all the time
+        own = parts(e, 'step', {'buckets and gathered weights'}) if stage else 0 # ZeRO-3's bucket; those of DDP are held by C++, where they cannot be counted
+        gathered = parts(e, 'training', {'buckets and gathered weights'}) - own if stage == 3 else 0 # at most
+        after, before = parts(e, 'step', kept) + own, parts(e, 'step', kept | {'gradients'}) + own
+        print(method, stage, rank, {k: round(v/1e6, 2) for k, v in dict(held, after=after, before=before, gathered=gathered).items()})
+        assert held['step'] == pytest.approx(after, rel=.04, abs=4e5), 'behind the step'
+        assert .96*before - 4e5 < held['training'] < 1.04*(before + gathered) + 4e5, 'behind the backward pass'
+
+def test_remedies_of_real_size(tmp_path):
+    "What helps, helps; GB for the published sizes, in the order that everybody expects."
+    from minicpmv_nb import estimate
+    from minicpmv_nb.config import full, lora
+    from minicpmv_nb.families import FAMILIES
+    (tmp_path/'config.json').write_text(json.dumps(FAMILIES['2.6'].official))
+    base = lora(str(tmp_path), '', bf16=True, fp16=False, tune_vision=False, deepspeed='ds_config_zero2.json')
+    total = lambda cfg, gpus=1: estimate(cfg, gpus).total
+    plain = total(base)
+    assert total(replace(base, per_device_train_batch_size=1)) < plain < total(replace(base, gradient_checkpointing=False))
+    assert total(replace(base, q_lora=True)) < .7*plain
+    whole = full(str(tmp_path), '', bf16=True, fp16=False)
+    assert total(replace(whole, offload='all'), 8) < total(whole, 8) < total(replace(whole, deepspeed='ds_config_zero2.json'), 8)
+
+@pytest.mark.parametrize('family', ['2.0', '2.5', '2.6', 'o-2.6', '4.0', '4.5'])
+def test_every_family_can_be_estimated(family, tmp_path):
+    from minicpmv_nb import estimate
+    from minicpmv_nb.config import qlora
+    from minicpmv_nb.model import tiny_checkpoint
+    folder = tiny_checkpoint(tmp_path/'tiny', [QUESTION], family)
+    e = estimate(qlora(str(folder), str(draw_data(tmp_path, 4))), gpus=2)
+    assert 0 < e.total < .5 and 'the heaviest of the 4 samples' in str(e) and str(e.work.tokens).isdigit()
+    activations = [r for r in e.rows if 'backward' in r['part']]
+    assert all(r['training'] > 0 for r in activations)
