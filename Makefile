@@ -7,7 +7,7 @@ PY := .venv/bin/python
 # DeepSpeed compiles with the ninja that pip has put here.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: .venv demo test test-all notebooks readme export
+.PHONY: .venv demo test test-all notebooks readme export shots
 
 .venv: $(VENV)
 
@@ -29,6 +29,11 @@ test-all: test
 notebooks: export
 	$(PY) tools/run_notebooks.py $(NB)
 	$(PY) -c 'from nbdev.clean import nbdev_clean; nbdev_clean()'
+
+# Click through the workbench in a real browser (Chromium), and keep the photographs that the pages show.
+shots: .venv
+	mkdir -p nbs/images
+	SHOTS=nbs/images $(PY) -m pytest -q tests/test_browser.py -m slow
 
 readme: .venv
 	$(PY) tools/readme.py

@@ -1,7 +1,7 @@
 "Fine-tune MiniCPM-V vision-language models, one notebook at a time. Importing this loads neither torch nor transformers."
 __version__ = "0.0.1"
 
-import logging
+import logging, sys
 from importlib import import_module
 
 # Importing bitsandbytes, which PEFT does wherever it is installed, warns of a kernel that is only used for generating on a CPU.
@@ -10,7 +10,7 @@ logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)
 # Where each public name lives; it is imported when it is first used.
 _HOMES = dict(
     config='Config lora qlora full recommended from_script', samples='Sample check DataError', prompts='Processor', model='load save tiny_checkpoint', batches='load_data',
-    tuning='add_adapter part_table', quantizing='quantize', training='train', plots='plot_run', jobs='launch Run RunFailed', merging='merge', chat='Chat answer_file exact_match', estimating='estimate', diagnosis='doctor')
+    tuning='add_adapter part_table', quantizing='quantize', training='train', plots='plot_run plot_dashboard compare_runs', jobs='launch Run RunFailed find_runs', merging='merge', chat='Chat answer_file exact_match', estimating='estimate', diagnosis='doctor', data_panel='DataPanel AnnotatePanel', run_panel='RunPanel', errors='short_errors', config_panel='ConfigPanel')
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = sorted(_HOME)
 
@@ -22,3 +22,7 @@ def __getattr__(name):
 
 
 def __dir__(): return __all__ + ['__version__']
+
+
+# In IPython and Jupyter, errors of this package are shown in one sentence; `short_errors(False)` switches that off.
+if 'IPython' in sys.modules: import_module('.errors', __name__).short_errors()

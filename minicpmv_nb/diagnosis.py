@@ -4,29 +4,33 @@
 
 # %% auto #0
 __all__ = ['AGAIN', 'PULL', 'POINTER', 'SIZES', 'NUMBERS', 'VISION_SIZES', 'METHODS', 'STAGES', 'ON_TOP', 'CHECKS', 'PACKAGES',
-           'Folder', 'read_json', 'check_config', 'sizes', 'missing_settings', 'other_sizes', 'check_settings',
-           'file_problem', 'check_files', 'check_precision', 'check_tensors', 'check_count', 'check_index',
-           'token_faults', 'check_tokenizer', 'example', 'both_ways', 'check_prompt', 'check_pictures', 'check_others',
-           'training_counts', 'MemoryTable', 'memory_table', 'check_training', 'row', 'attempt', 'examine', 'Machine',
-           'this_machine', 'fits', 'machine_rows', 'Diagnosis', 'doctor', 'main']
+           'COMPILER', 'HEADER', 'NINJA', 'EXTRAS', 'MACHINE_CHECKS', 'Folder', 'read_json', 'check_config', 'sizes',
+           'missing_settings', 'other_sizes', 'check_settings', 'file_problem', 'check_files', 'check_precision',
+           'check_tensors', 'check_count', 'check_index', 'token_faults', 'check_tokenizer', 'example', 'both_ways',
+           'check_prompt', 'check_pictures', 'check_others', 'training_counts', 'MemoryTable', 'memory_table',
+           'check_training', 'row', 'attempt', 'examine', 'Machine', 'this_machine', 'build_tools', 'fits',
+           'machine_rows', 'needed', 'faults', 'check_python', 'check_packages', 'check_devices', 'check_compiling',
+           'check_four_bits', 'check_methods', 'examine_machine', 'Diagnosis', 'doctor', 'main']
 
 # %% ../nbs/16_diagnosis.ipynb #fd586c6e
-import argparse, json, math, shutil, sys, textwrap
+import argparse, json, math, os, platform, shlex, shutil, sys, sysconfig, textwrap
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from safetensors import SafetensorError, safe_open
 
 from .config import full, lora, qlora
-from .families import Family, find_family, read_config, resolve, vision_config
+from .families import FAMILIES, Family, find_family, read_config, resolve, vision_config
 from .merging import Stored, stored_tensors
 from .model import MiniCPMV, check_shapes, left_out, weight_files
-from .quantizing import STATE, check_packed, is_quantized, packed_layers, quantized_layers
+from .quantizing import STATE, check_packed, is_quantized, packed_layers, quantized_layers, to_nf4
 from .prompts import Processor, conversation_spans, encode, picture_sizes
 from .samples import Picture, Turn
 from .tuning import memory, tune
@@ -356,13 +360,15 @@ def row(
 
 def attempt(
     what:str, # The check's name
-    f:Folder, # What it looks at
+    verdicts, # The check itself, a generator
+    about:str='folder', # Or `machine`
+    do:str='Download the model again, all files.', # What helps against what nobody thought of
 )->list[dict]: # Its rows
     "Run one check. Whatever it raises is a row."
     rows = []
-    try: rows.extend(row('folder', what, *found) for found in CHECKS[what][0](f))
-    except (OSError, ValueError) as e: rows.append(row('folder', what, 'wrong', str(e)))
-    except Exception as e: rows.append(row('folder', what, 'wrong', f'{type(e).__name__}: {e}', 'Download the model again, all files.')) # libraries raise whatever a broken file makes of them
+    try: rows.extend(row(about, what, *found) for found in verdicts)
+    except (OSError, ValueError) as e: rows.append(row(about, what, 'wrong', str(e)))
+    except Exception as e: rows.append(row(about, what, 'wrong', f'{type(e).__name__}: {e}', do)) # libraries raise whatever a broken file makes of them
     return rows
 
 def examine(
@@ -370,9 +376,9 @@ def examine(
 )->list[dict]: # Rows
     "Run all checks that make sense."
     rows, bad, skipped = [], set(), []
-    for what, (_, needs) in CHECKS.items():
+    for what, (check, needs) in CHECKS.items():
         if bad & set(needs): bad.add(what); skipped.append(what); continue
-        rows += attempt(what, f)
+        rows += attempt(what, check(f))
         if any(r['what'] == what and r['verdict'] == 'wrong' for r in rows): bad.add(what)
     return rows + [row('folder', 'not examined', 'note', f'{", ".join(skipped)}: they build on what is wrong above.')]*bool(skipped)
 
@@ -387,13 +393,26 @@ class Machine:
     ram: float = 0 # GB of memory
     disk: float = 0 # GB free in the working folder, where runs go
     packages: dict = field(default_factory=dict) # Version by name; None: not installed
+    cores: int = 0 # CPU cores
+    python: str = '' # Its version
+    driver: bool = False # Whether there is an NVIDIA driver, whatever torch says
+    tools: dict = field(default_factory=dict) # Where each thing is that compiling needs; None: nowhere
 
 def this_machine()->Machine:
     "Look at this machine."
     import psutil
     cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return Machine(tuple((c.name, c.total_memory/1e9) for c in cards), bool(cards) and torch.cuda.is_bf16_supported(including_emulation=False),
-        psutil.virtual_memory().total/1e9, shutil.disk_usage('.').free/1e9, {p: _version(p) for p in PACKAGES})
+        psutil.virtual_memory().total/1e9, shutil.disk_usage('.').free/1e9, {p: _version(p) for p in PACKAGES},
+        os.cpu_count() or 1, platform.python_version(), Path('/proc/driver/nvidia/version').is_file(), build_tools())
+
+COMPILER, HEADER, NINJA = 'C++ compiler', 'Python.h', 'ninja'
+
+def build_tools()->dict[str,str|None]: # Where each is; None: nowhere
+    "What DeepSpeed needs to compile, looked for where a run looks."
+    path, header = f'{Path(sys.executable).parent}{os.pathsep}{os.environ.get("PATH", "")}', Path(sysconfig.get_path('include'))/'Python.h'
+    compiler = shlex.split(os.environ.get('CXX', 'c++'))[0]
+    return {COMPILER: shutil.which(compiler, path=path), HEADER: str(header) if header.is_file() else None, NINJA: shutil.which('ninja', path=path)}
 
 def _version(package:str)->str|None: # None: not installed
     try: return version(package)
@@ -422,6 +441,81 @@ def machine_rows(
     if machine.packages: rows.append(say('packages', 'ok', ', '.join(f'{p} {v}' for p, v in machine.packages.items() if v) + '.'))
     return rows + ([say('packages', 'note', f'Not installed: {", ".join(lacking)}.', f'pip install {" ".join(lacking)}')] if lacking else [])
 
+# %% ../nbs/16_diagnosis.ipynb #fc6d6ca4
+EXTRAS = dict(qlora='QLoRA and int4 checkpoints', tensorboard='report_to="tensorboard"') # What each is for
+
+def needed(
+    extra:str='', # One of EXTRAS; empty: the plain install
+)->list[Requirement]: # In the order of the metadata
+    "What this package says it needs. Raises `PackageNotFoundError` when it is not installed, only on the path."
+    found = [Requirement(text) for text in requires('minicpmv_nb')]
+    return [r for r in found if (r.marker is None) == (extra == '') and (r.marker is None or r.marker.evaluate(dict(extra=extra)))]
+
+def faults(
+    asked:list[Requirement], # From `needed`
+    versions:dict, # Version by name; None: not installed
+)->list[tuple[str,str]]: # (what is wrong, what to install)
+    "Compare what is installed with what is asked for."
+    said = lambda r: f'{r.name} {versions[r.name]} is installed, and {r} is needed' if versions[r.name] else f'{r.name} is not installed'
+    return [(said(r), shlex.quote(f'{r.name}{r.specifier}')) for r in asked if versions[r.name] is None or not r.specifier.contains(versions[r.name], prereleases=True)]
+
+def check_python(m:Machine): # What to look at; yields verdicts
+    "Is this Python one the package is made for?"
+    wanted = metadata('minicpmv_nb')['Requires-Python']
+    if SpecifierSet(wanted).contains(m.python, prereleases=True): yield 'ok', f'{m.python}, {wanted} is needed.'
+    else: yield 'wrong', f'{m.python}, and {wanted} is needed.', 'Make a new environment with such a Python, and install the package there.'
+
+def check_packages(m:Machine): # What to look at; yields verdicts
+    "Are all packages there, in the versions asked for?"
+    asked = needed()
+    versions = {r.name: _version(r.name) for r in asked} | m.packages
+    bad = faults(asked, versions)
+    for found, install in bad: yield 'wrong', f'{found}.', f'pip install {install}'
+    if not bad: yield 'ok', ', '.join(f'{r.name} {versions[r.name]}' for r in asked) + ': all as the package needs them.'
+
+# %% ../nbs/16_diagnosis.ipynb #32e08f0f
+def check_devices(m:Machine): # What to look at; yields verdicts
+    "Does torch use what is there?"
+    yield 'ok', f'{m.cores} CPU {"core" if m.cores == 1 else "cores"}.'
+    if m.gpus or not m.driver: return
+    cuda = f'for CUDA {torch.version.cuda}' if torch.version.cuda else 'without CUDA'
+    yield 'wrong', f'There is an NVIDIA driver, and torch, built {cuda}, finds no GPU.', 'Look at CUDA_VISIBLE_DEVICES and at what nvidia-smi says of the driver; then install a torch built for a CUDA that this driver has.'
+
+# %% ../nbs/16_diagnosis.ipynb #19a2dfef
+def check_compiling(m:Machine): # What to look at; yields verdicts
+    "Can DeepSpeed compile here?"
+    get = {COMPILER: 'Install g++, or name a compiler in CXX.', HEADER: f'Install the headers of this Python, such as python{".".join(m.python.split(".")[:2])}-dev.', NINJA: 'pip install ninja'}
+    missing = [name for name in get if not m.tools.get(name)]
+    if not missing: yield 'ok', f'{", ".join(get)}: DeepSpeed can compile, as it does for runs on a CPU and for offload.'; return
+    runs = 'Runs that offload' if m.gpus else 'Runs on a CPU under DeepSpeed (not those with deepspeed=None)'
+    for name in missing: yield 'note' if m.gpus else 'wrong', f'No {name}. {runs} would fail when they compile.', get[name]
+
+# %% ../nbs/16_diagnosis.ipynb #8ef49a5d
+def check_four_bits(m:Machine): # What to look at; yields verdicts
+    "Can weights be packed into four bits here?"
+    bad = faults(needed('qlora'), {r.name: _version(r.name) for r in needed('qlora')} | m.packages)
+    if bad: yield 'note', f'{bad[0][0]}: no {EXTRAS["qlora"]}.', "pip install 'minicpmv_nb[qlora]'"; return
+    device = 'cuda' if m.gpus else 'cpu'
+    to_nf4(torch.ones(64, 64, device=device))
+    yield 'ok', f'bitsandbytes {_version("bitsandbytes")} packs weights into four bits on {"the GPU" if m.gpus else "the CPU"}.'
+
+def check_methods(m:Machine): # What to look at; yields verdicts
+    "What is needed for what?"
+    yield 'ok', f'LoRA and full fine-tuning need the plain install, for {", ".join(f.title for f in FAMILIES.values())}; QLoRA needs bitsandbytes beside it.'
+    for extra, use in EXTRAS.items():
+        if extra != 'qlora' and any(_version(r.name) is None for r in needed(extra)): yield 'note', f'{extra} is not installed, which {use} needs.', f"pip install 'minicpmv_nb[{extra}]'"
+
+MACHINE_CHECKS = {'Python': check_python, 'packages': check_packages, 'CPU': check_devices, 'compiling': check_compiling, 'four bits': check_four_bits, 'methods': check_methods}
+
+def examine_machine(
+    m:Machine, # What to look at
+)->list[dict]: # Rows
+    "Run all checks of a machine."
+    again = 'The package that says so does not fit the others: pip check, then install it again.'
+    rows = [r for what, check in MACHINE_CHECKS.items() for r in attempt(what, check(m), 'machine', again)]
+    devices = [r for r in machine_rows(m, 1) if r['what'] != 'packages']
+    return [r for r in rows if r['what'] in ('Python', 'packages')] + devices + [r for r in rows if r['what'] not in ('Python', 'packages')]
+
 # %% ../nbs/16_diagnosis.ipynb #904f3303
 def _lines(rows): # Wrapped, what to do below what was found
     wrap = lambda text, first, rest: textwrap.wrap(text, 100, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False, break_long_words=False)
@@ -430,7 +524,7 @@ def _lines(rows): # Wrapped, what to do below what was found
 @dataclass(repr=False)
 class Diagnosis:
     "What `doctor` found."
-    folder: str # What was looked at
+    folder: str # What was looked at: a folder, or `this machine`
     rows: list[dict] # `about`, `what`, `verdict`, `found`, `do`
     needs: MemoryTable # Empty when the sizes are not known
 
@@ -439,7 +533,8 @@ class Diagnosis:
 
     def head(self)->str: # The result in a line
         "How many things are wrong, or worth knowing."
-        count = Counter(r['verdict'] for r in self.rows if r['about'] == 'folder')
+        about = 'folder' if any(r['about'] == 'folder' for r in self.rows) else 'machine'
+        count = Counter(r['verdict'] for r in self.rows if r['about'] == about)
         return f'{self.folder}: ' + ('nothing is wrong' if self.ok else f'{count["wrong"]} wrong') + f', {count["note"]} to note' * bool(count['note'])
 
     def complaints(self)->str: # Empty when nothing is wrong
@@ -447,24 +542,25 @@ class Diagnosis:
         return '\n'.join(_lines(r for r in self.rows if r['verdict'] == 'wrong'))
 
     def __str__(self)->str:
-        about = lambda what: _lines(r for r in self.rows if r['about'] == what)
-        needs = [str(self.needs), *textwrap.wrap(ON_TOP, 100), '']*bool(self.needs)
-        return '\n'.join([self.head(), '', *about('folder'), '', *needs, *about('machine')])
+        about = lambda what: '\n'.join(_lines(r for r in self.rows if r['about'] == what))
+        needs = '\n'.join([str(self.needs), *textwrap.wrap(ON_TOP, 100)]*bool(self.needs))
+        return '\n\n'.join(part for part in (self.head(), about('folder'), needs, about('machine')) if part)
 
     __repr__ = __str__
 
     def _repr_html_(self)->str:
         part = lambda about: _html([('', '', 'found', 'what to do')] + [(r['verdict'], r['what'], r['found'], r['do']) for r in self.rows if r['about'] == about])
         needs = f'{self.needs._repr_html_()}<p>{escape(ON_TOP)}</p>' if self.needs else ''
-        return f'<p><b>{escape(self.head())}</b></p>{part("folder")}{needs}{part("machine")}'
+        return f'<p><b>{escape(self.head())}</b></p>{part("folder")*any(r["about"] == "folder" for r in self.rows)}{needs}{part("machine")}'
 
 def doctor(
-    folder:str|Path, # A checkpoint folder, or a hub id, which is downloaded
+    folder:str|Path|None=None, # A checkpoint folder, or a hub id, which is downloaded; None: examine the machine alone
     gpus:int|None=None, # GPUs to reckon with; None: those of the machine, or 8 where there is none
     machine:Machine|None=None, # None: this one
 )->Diagnosis: # `print` it, or end a cell with it
-    "Examine a checkpoint without loading it. A sick folder never raises: its sicknesses are rows."
+    "Examine a checkpoint without loading it, or this machine and what is installed on it. Sickness never raises: it is a row, with what to do."
     machine = machine or this_machine()
+    if folder is None: return Diagnosis('this machine', examine_machine(machine), MemoryTable())
     gpus, path = gpus or len(machine.gpus) or 8, Path(folder).expanduser()
     try: f = Folder(path if path.is_dir() else resolve(str(folder))[0])
     except (ImportError, OSError, ValueError) as e: return Diagnosis(str(folder), [row('folder', 'folder', 'wrong', str(e)), *machine_rows(machine, gpus)], MemoryTable())
@@ -477,9 +573,9 @@ def doctor(
 def main(
     argv:list[str]|None=None, # None: the command line's
 )->None:
-    "Examine a checkpoint folder without loading it: what is wrong with it, and what training it needs."
+    "Examine a checkpoint folder without loading it: what is wrong with it, and what training it needs. Without a folder, examine this machine."
     p = argparse.ArgumentParser(prog='python -m minicpmv_nb.diagnosis', description=main.__doc__)
-    p.add_argument('folder', help='checkpoint folder or hub id')
+    p.add_argument('folder', nargs='?', help='checkpoint folder or hub id; default: examine this machine')
     p.add_argument('--gpus', type=int, help='GPUs to reckon with; default: those of this machine, or 8')
     a = p.parse_args(argv)
     if a.gpus is not None and a.gpus < 1: p.error('--gpus must be positive')

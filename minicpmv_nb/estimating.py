@@ -7,7 +7,7 @@ __all__ = ['OF_THE_MODEL', 'ASSUMED', 'MOMENTS', 'Work', 'heaviest', 'Ledger', '
            'Estimate', 'estimate', 'moment_bytes']
 
 # %% ../nbs/15_estimating.ipynb #84c4bcf2
-import json, weakref
+import json, threading, weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -150,6 +150,8 @@ def paper_step(
     "Do one step with tensors that have no content; the last answers are remembered."
     return _paper_step(json.dumps(config), only_model(cfg), work, keep)
 
+_ALONE = threading.Lock() # Two steps at a time would undo each other's change of transformers in the wrong order
+
 @lru_cache(maxsize=32)
 def _paper_step(config:str, cfg:Config, work:Work, keep:bool)->Step:
     config = json.loads(config)
@@ -161,7 +163,7 @@ def _paper_step(config:str, cfg:Config, work:Work, keep:bool)->Step:
     ledger = Ledger([*tuned.parameters(), *tuned.buffers(), *inputs.values(), l.source, l.positions, l.rows, l.cols, l.times, l.order, *l.reads])
     for p in tuned.parameters():
         if p.requires_grad: p.register_post_accumulate_grad_hook(lambda p: _arrived(p, ledger, keep))
-    with mode, ledger:
+    with _ALONE, mode, ledger:
         held = _step(model, cfg, inputs, l, ledger)
     rest = ledger.peak - ledger.kept_at_peak
     tower = min(held[0], rest); llm = min(held[1]-held[0], rest-tower)

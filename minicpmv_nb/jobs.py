@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'END', 'LIVE', 'fit_machine', 'check_port', 'fit_network', 'interface', 'torchrun', 'clear_locks',
-           'write_script', 'RunFailed', 'Run', 'alive', 'wait', 'cause', 'stop', 'resume', 'start', 'launch', 'slurm']
+           'write_script', 'RunFailed', 'Run', 'alive', 'find_runs', 'wait', 'cause', 'stop', 'resume', 'start',
+           'launch', 'slurm']
 
 # %% ../nbs/12_jobs.ipynb #94c15c44
 import hashlib, json, os, re, shlex, signal, socket, subprocess, sys, time
@@ -169,14 +170,17 @@ class Run:
     def metrics(self)->list[dict]: return read_metrics(self.folder) # One dictionary per logged step
 
     def log(self, lines:int=20)->str: # The end of everything printed
-        "The last lines of log.txt."
-        file = self.file('log.txt')
-        return '\n'.join(file.read_text(errors='replace').splitlines()[-lines:]) if file.is_file() else ''
+        "The last lines of log.txt. Of a progress bar, which writes over itself, only what it said last."
+        if not self.file('log.txt').is_file(): return ''
+        with open(self.file('log.txt'), 'rb') as f:
+            f.seek(max(f.seek(0, os.SEEK_END) - 100_000 - 1000*lines, 0)) # enough, and quick however long the log is
+            whole = f.read().decode(errors='replace').replace('\r\n', '\n')
+        return '\n'.join(line.rstrip('\r').rpartition('\r')[2] for line in whole.rstrip('\n').split('\n')[-lines:])
 
-    def plot(self, file:str|Path|None=None): # Loss and learning rate
+    def plot(self, file:str|Path|None=None, **how): # Loss and learning rate, or what `how` says to `draw`
         "Draw what is logged. Raises `ValueError` when nothing is logged yet, or the numbers lie on another machine."
         if self.node_rank and not self.metrics(): raise ValueError(f'The numbers are written by machine 0, and {self.folder} is not shared with it: plot there.')
-        return plot_run(self.folder, file)
+        return plot_run(self.folder, file, **how)
 
     def status(self)->dict: # state, step, steps, error
         "What the run is doing. A run whose process is gone has failed, unless it left the exit code 0; one that was never started is stopped."
@@ -229,6 +233,13 @@ def alive(
     import psutil
     try: p = psutil.Process(status['pid']); return p.status() != psutil.STATUS_ZOMBIE and abs(p.create_time() - status['created']) < 2
     except (psutil.NoSuchProcess, KeyError): return False
+
+def find_runs(
+    folder:str|Path='runs', # Where run folders lie
+)->list[Run]: # The one that moved last comes first
+    "The runs directly below a folder, whoever started them."
+    found = [p for p in Path(folder).glob('*/status*.json') if (p.parent/'config.json').is_file()]
+    return [Run.attach(p) for p in dict.fromkeys(p.parent for p in sorted(found, key=lambda p: p.stat().st_mtime, reverse=True))]
 
 # %% ../nbs/12_jobs.ipynb #a7da4517
 def wait(self,

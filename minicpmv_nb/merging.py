@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'BLOCK', 'PLAIN', 'Stored', 'stored_tensors', 'rows', 'Adapter', 'read_adapter', 'merged_rows', 'merge_file',
-           'merge', 'compare', 'check_merged']
+           'disk_space', 'merge', 'compare', 'check_merged', 'named_base', 'find_folders']
 
 # %% ../nbs/13_merging.ipynb #5d2a9e8e
 import json, math, os, shutil, struct, subprocess, sys
@@ -117,26 +117,46 @@ def _fits(adapter:Adapter, shapes:dict, folder)->None: # Every change has a tens
     for name, t in adapter.whole.items():
         if shapes.get(name) != t.shape: raise ValueError(f'{folder} replaces {name} of shape {t.shape}; the base has {shapes.get(name)}. It belongs to another base.')
 
+def disk_space(
+    base:str|Path, # A checkpoint folder
+    out:str|Path, # Where the merged one goes
+)->tuple[int,int]: # Bytes its weights need, and bytes that are free there
+    "Compare before a merge. Raises as `weight_files`."
+    place = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.exists())
+    return sum(f.stat().st_size for f in set(weight_files(base).values())), shutil.disk_usage(place).free
+
+def _write_files(files:list, adapter:Adapter, part:Path, watch, out)->None: # One after the other
+    from tqdm.auto import tqdm
+    def look(done):
+        if not (watch and watch(done, len(files))): return
+        shutil.rmtree(part)
+        raise InterruptedError(f'The merge was stopped; {out} is not written.')
+    for i, file in enumerate(tqdm(files, desc='merging', delay=2, disable=watch is not None)): look(i); merge_file(file, adapter, part/file.name)
+    look(len(files))
+
 def merge(
     base:str|Path, # The checkpoint the adapter was trained on, or its hub id
     adapter:str|Path, # An adapter in PEFT's format, for example `run.final`
     out:str|Path, # A new folder
     check:bool=True, # Reload the result in another process and compare logits; needs memory for the model
+    watch=None, # Instead of a bar: called before each weight file and after the last with how many are done, and how many there are; returning True stops
+    tell=print, # Gets the result of the check
 )->Path: # `out`, a checkpoint in official layout
-    "Merge an adapter into its base, tensor by tensor. Raises `FileExistsError` for a folder that is not empty, `ValueError` when adapter and base do not fit or the check fails."
-    from tqdm.auto import tqdm
+    "Merge an adapter into its base, tensor by tensor. Raises `FileExistsError` for a folder that is not empty, `OSError` for a full disk, `ValueError` when adapter and base do not fit or the check fails."
     base, changes = resolve(str(base))[0], read_adapter(adapter)
     if is_quantized(base): raise ValueError(f'{base} is quantised, and a sum of four-bit weights and an adapter cannot be kept in four bits. Merge into the bf16 checkpoint, and quantise the result if you like.')
     files = sorted(set(weight_files(base).values()))
     _fits(changes, {n: t.shape for f in files for n, t in stored_tensors(f)[1].items()}, adapter)
     notes = adapter_notes(adapter)
     if check and notes.get('base', trained := fingerprint(base)) != trained: raise ValueError(f'{adapter} was trained on other weights than those in {base}. Give the base it was trained on; with check=False it is merged all the same.')
+    needed, free = disk_space(base, out)
+    if needed > free: raise OSError(f'{out} needs {needed/1e9:.1f} GB, and {free/1e9:.1f} GB are free there: make room, or choose another disk.')
     part = aside(out)
     copy_rest(base, part)
     set_max_slices(part, notes.get('max_slice_nums'))
     for index in base.glob('*.safetensors.index.json'): shutil.copy(index, part)
-    for file in tqdm(files, desc='merging', delay=2): merge_file(file, changes, part/file.name)
-    if check: print(compare(base, adapter, part))
+    _write_files(files, changes, part, watch, out)
+    if check: tell(compare(base, adapter, part))
     return into_place(part, out)
 
 def compare(
@@ -175,3 +195,20 @@ def check_merged(
 # %% ../nbs/13_merging.ipynb #d84bc3b9
 #| eval: false
 if __name__ == '__main__': print(check_merged(*sys.argv[1:4]))
+
+# %% ../nbs/13_merging.ipynb #d8fa0415
+def named_base(
+    folder:str|Path, # An adapter, or a checkpoint in a run's folder
+)->str: # A folder or hub id as it was called in training; empty when nothing says it
+    "The base that something was trained from: by the adapter itself, or by the settings of its run."
+    for file, key in ((Path(folder)/'adapter_config.json', 'base_model_name_or_path'), (Path(folder).parent/'config.json', 'model_name_or_path')):
+        if file.is_file() and (name := json.loads(file.read_text(encoding='utf-8')).get(key)): return name
+    return ''
+
+def find_folders(
+    folder:str|Path='runs', # Where runs are
+    holding:str='adapter_config.json', # A file, or a pattern; `*.safetensors` finds full checkpoints as well
+)->list[Path]: # The newest first
+    "Folders up to two levels below that hold such a file."
+    found = {f.parent: f.stat().st_mtime for pattern in (f'*/{holding}', f'*/*/{holding}') for f in Path(folder).glob(pattern) if f.parent.suffix != '.part'}
+    return sorted(found, key=found.get, reverse=True)

@@ -412,6 +412,7 @@ def generate(
     max_new_tokens:int=512, # Longest answer
     temperature:float=0.0, # 0: greedy; otherwise sampled
     top_p:float=1.0, # Sample from the most probable tokens that sum to this
+    watch=None, # Called with the new tokens so far after each one; returning True ends the answer
 )->list[int]: # New tokens, without the end token
     "Continue one prompt."
     base = getattr(model, 'base_model', model)
@@ -419,5 +420,6 @@ def generate(
     x = core.embed(**inputs)
     sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature > 0 else dict(do_sample=False)
     how = transformers.GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=end_ids or None, pad_token_id=0, **sampling)
-    ids = core.llm.generate(inputs_embeds=x, attention_mask=torch.ones(x.shape[:2], dtype=torch.long, device=x.device), generation_config=how)[0].tolist()
+    stops = [lambda ids, scores, **_: torch.full((1,), bool(watch(ids[0].tolist())), device=ids.device)] if watch else None
+    ids = core.llm.generate(inputs_embeds=x, attention_mask=torch.ones(x.shape[:2], dtype=torch.long, device=x.device), generation_config=how, stopping_criteria=stops)[0].tolist()
     return ids[:-1] if ids and ids[-1] in end_ids else ids

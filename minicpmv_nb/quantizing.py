@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LLM_LAYERS', 'STATE', 'to_nf4', 'quantized_layers', 'is_quantized', 'load_quantized', 'packed_layers', 'check_packed',
-           'check_types', 'nf4_config', 'quantize', 'load_any', 'packed_tower', 'refuse_four_bit']
+           'check_types', 'keep_layout', 'nf4_config', 'quantize', 'load_any', 'packed_tower', 'refuse_four_bit']
 
 # %% ../nbs/09_quantizing.ipynb #ae523b8e
 import json, re
@@ -133,6 +133,14 @@ def check_types(
         sizes['four_bit'] += p.numel() + sum(t.numel()*t.itemsize for t in p.quant_state.as_dict(packed=True).values())
         sizes['in_bfloat16'] += 2*p.quant_state.shape.numel()
     return sizes
+
+# %% ../nbs/09_quantizing.ipynb #87e4e867
+def keep_layout(
+    model:nn.Module, # From `load_quantized`, before its first forward pass
+)->None:
+    "Let four-bit weights stay as they are when they are evaluated."
+    for m in model.modules():
+        if isinstance(m, _bitsandbytes().nn.Linear4bit): m.support_avx512bf16_for_cpu = False
 
 # %% ../nbs/09_quantizing.ipynb #bb4d8f5f
 def nf4_config(

@@ -27,7 +27,7 @@ from .config import NAMES, Config, deepspeed_json, deepspeed_notes, flag_help, p
 from .families import check_llm_type, find_family, read_config, resolve
 from .model import NOTES, check_shapes, fingerprint, read_tensor, say, tensor_shapes, weight_files, write_checkpoint
 from .prompts import Processor
-from .quantizing import check_types, is_quantized, load_any, packed_tower, refuse_four_bit
+from .quantizing import check_types, is_quantized, keep_layout, load_any, packed_tower, refuse_four_bit
 from .tuning import GradientWatch, parameter_groups, part_table, tune
 
 # %% ../nbs/10_training.ipynb #6228964e
@@ -493,7 +493,7 @@ def prepare_model(
 ): # The model ready to be trained
     "Load a checkpoint and choose what trains."
     model = load_any(folder, weight_dtype(cfg), _device(cfg), cfg.q_lora, cfg.quantize_vision)
-    if cfg.q_lora: check_types(model, weight_dtype(cfg), cfg.quantize_vision or packed_tower(folder))
+    if cfg.q_lora: check_types(model, weight_dtype(cfg), cfg.quantize_vision or packed_tower(folder)); keep_layout(model)
     model.name_or_path = cfg.model_name_or_path
     vision = cfg.gradient_checkpointing if cfg.gradient_checkpointing_vision is None else cfg.gradient_checkpointing_vision
     model.checkpoint_activations(cfg.gradient_checkpointing, vision)

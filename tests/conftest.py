@@ -8,12 +8,25 @@ import pytest
 
 from support import ANSWERS, QUESTION, draw_data, golden_checkpoint
 
+COLLECTED = pytest.StashKey() # Ids of all tests in the files that were read, the slow ones too
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items): config.stash[COLLECTED] = [item.nodeid for item in items]
 
 @pytest.fixture(scope='session')
 def tiny(tmp_path_factory):
     "A tiny random checkpoint in official layout."
     from minicpmv_nb.model import tiny_checkpoint
     return tiny_checkpoint(tmp_path_factory.mktemp('model')/'tiny', [QUESTION, *ANSWERS])
+
+@pytest.fixture(scope='session')
+def bases(tmp_path_factory):
+    "A tiny checkpoint of each family, by name."
+    from minicpmv_nb.families import FAMILIES
+    from minicpmv_nb.model import tiny_checkpoint
+    folder = tmp_path_factory.mktemp('bases')
+    return {name: tiny_checkpoint(folder/name, [QUESTION, *ANSWERS], name) for name in FAMILIES}
 
 @pytest.fixture(scope='session')
 def drawn(tmp_path_factory):

@@ -11,6 +11,7 @@ held = {}
 
 def count()->int:
     "Bytes of all blocks of memory that some tensor in this process uses, gradients included."
+    gc.collect() # what nobody can reach any more is freed some time or other
     tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
     tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
     blocks = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.layout == torch.strided and not t.is_meta}

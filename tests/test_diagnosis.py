@@ -1,5 +1,6 @@
 "A healthy folder is found healthy, every sickness has its row, and no weight is read."
 import json, os, shutil, struct, subprocess, sys
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from minicpmv_nb.quantizing import quantize
 from minicpmv_nb.tuning import memory
-from minicpmv_nb.diagnosis import CHECKS, METHODS, Folder, Machine, both_ways, doctor, fits, main, memory_table, this_machine, training_counts
+from minicpmv_nb.diagnosis import CHECKS, COMPILER, EXTRAS, HEADER, MACHINE_CHECKS, METHODS, NINJA, Folder, Machine, both_ways, build_tools, doctor, faults, fits, main, memory_table, needed, this_machine, training_counts
 from minicpmv_nb.families import FAMILIES
 from minicpmv_nb.model import load, save, tiny_checkpoint, write_checkpoint
 from minicpmv_nb.training import prepare_model
@@ -449,6 +450,60 @@ def test_what_the_machine_has(healthy):
 def test_this_machine():
     m = this_machine()
     assert m.ram > 1 and m.disk > 0 and m.packages['torch'] and len(m.gpus) == torch.cuda.device_count()
+
+
+# --- a machine without a folder --------------------------------------------------------------------------------------
+
+READY = dict(python='3.12.1', cores=8, tools={COMPILER: '/usr/bin/c++', HEADER: '/usr/include/Python.h', NINJA: '/usr/bin/ninja'})
+
+def of_machine(machine, verdict='wrong'):
+    "What is wrong with a machine, by what was looked at."
+    return {r['what']: f"{r['found']} {r['do']}".strip() for r in doctor(machine=machine).rows if r['verdict'] == verdict}
+
+def test_this_machine_is_ready():
+    d = doctor()
+    assert d.ok and str(d).startswith('this machine: nothing is wrong') and not d.needs
+    assert {r['what'] for r in d.rows} >= {*MACHINE_CHECKS, 'GPUs', 'memory'} and {r['about'] for r in d.rows} == {'machine'}
+    assert max(map(len, str(d).splitlines())) <= 100 and 'this machine: nothing is wrong' in d._repr_html_()
+
+def test_what_is_needed_is_what_settings_ask_for():
+    ini = ConfigParser(delimiters=['='])
+    ini.read(Path(__file__).parent.parent/'settings.ini', encoding='utf-8')
+    assert [str(r) for r in needed()] == ini['DEFAULT']['requirements'].split()
+    for extra in EXTRAS: assert [r.name for r in needed(extra)] == ini['DEFAULT'][f'{extra}_requirements'].split()
+
+def test_package_too_old_and_package_missing():
+    found = doctor(machine=Machine(packages=dict(torch='2.5.1', peft=None), **READY))
+    bad = [(r['found'], r['do']) for r in found.rows if r['verdict'] == 'wrong']
+    assert bad == [('torch 2.5.1 is installed, and torch>=2.11 is needed.', "pip install 'torch>=2.11'"), ('peft is not installed.', "pip install 'peft>=0.18'")] and not found.ok
+    assert str(found).startswith('this machine: 2 wrong')
+
+def test_local_and_early_versions_count():
+    assert faults(needed(), {r.name: '99.0' for r in needed()} | dict(torch='2.11.0+cu128', transformers='5.18.0.dev0')) == []
+
+def test_python_too_old(): assert of_machine(Machine(**READY | dict(python='3.9.1')))['Python'].startswith('3.9.1, and >=3.11 is needed. Make a new environment')
+
+@pytest.mark.parametrize('tool, fix', [(COMPILER, 'Install g++'), (HEADER, 'python3.12-dev'), (NINJA, 'pip install ninja')])
+def test_nothing_can_be_compiled(tool, fix):
+    bare = READY | dict(tools=READY['tools'] | {tool: None})
+    assert tool in of_machine(Machine(**bare))['compiling'] and fix in of_machine(Machine(**bare))['compiling']
+    on_gpus = Machine(gpus=(('card', 80.0),), bf16=True, **bare) # where only offload compiles
+    assert 'compiling' not in of_machine(on_gpus) and 'Runs that offload' in of_machine(on_gpus, 'note')['compiling']
+
+def test_gpus_that_torch_does_not_find():
+    assert 'finds no GPU' in of_machine(Machine(driver=True, **READY))['CPU'] and 'CPU' not in of_machine(Machine(driver=False, **READY))
+
+def test_no_bitsandbytes(): assert of_machine(Machine(packages=dict(bitsandbytes=None), **READY), 'note')['four bits'] == "bitsandbytes is not installed: no QLoRA and int4 checkpoints. pip install 'minicpmv_nb[qlora]'"
+
+def test_bitsandbytes_that_does_not_work(monkeypatch):
+    def broken(weight): raise RuntimeError('CUDA Setup failed')
+    monkeypatch.setattr('minicpmv_nb.diagnosis.to_nf4', broken)
+    assert of_machine(Machine(**READY))['four bits'].startswith('RuntimeError: CUDA Setup failed The package that says so does not fit')
+
+def test_tools_are_looked_for_where_a_run_looks(monkeypatch, tmp_path):
+    assert all(build_tools().values())
+    monkeypatch.setenv('PATH', str(tmp_path)); monkeypatch.setenv('CXX', 'no-such-compiler -O2')
+    assert build_tools()[COMPILER] is None and build_tools()[NINJA] # beside the interpreter
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from support import ANSWERS, QUESTION, TESTS, draw_data, run_ranks
+from forked import fork_ranks
+from support import ANSWERS, QUESTION, draw_data
 
 METHODS = ('lora', 'qlora', 'full')
 STAGES = (0, 2, 3)
@@ -25,6 +26,11 @@ def zero_file(folder, stage):
     (folder/'zero.json').write_text(json.dumps(given))
     return str(folder/'zero.json')
 
+def counted(argv):
+    "To be called on a rank: train, and count."
+    import count_bytes
+    count_bytes.training.main(argv)
+
 def parts(e, moment, names): return sum(r[moment] for r in e.rows if r['part'] in names)*1e9
 
 @pytest.mark.parametrize('method, stage', [pytest.param(m, s, marks=() if (m, s) in QUICK else pytest.mark.slow) for m in METHODS for s in STAGES])
@@ -34,7 +40,7 @@ def test_bytes_of_a_real_run(method, stage, larger, tmp_path):
     data = draw_data(tmp_path, 8)
     cfg = getattr(config, method)(str(larger), str(data), deepspeed=zero_file(tmp_path, stage) if stage else None, bf16=True, fp16=False, use_cpu=True, gpus=2, max_steps=3, tune_vision=False,
         per_device_train_batch_size=1, gradient_accumulation_steps=1, dataloader_num_workers=0, save_strategy='no', report_to='none', output_dir=str(tmp_path/'run'))
-    run_ranks(to_flags(replace(cfg, gpus=None)), ranks=2, script=[str(TESTS/'count_bytes.py')])
+    fork_ranks(counted, 2, tmp_path/'log', to_flags(replace(cfg, gpus=None)))
     e = estimate(cfg, gpus=2)
     for rank in (0, 1):
         held = json.loads((tmp_path/'run'/f'held-{rank}.json').read_text())

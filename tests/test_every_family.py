@@ -26,12 +26,6 @@ every_family = pytest.mark.parametrize('name', FAMILIES)
 
 
 @pytest.fixture(scope='module')
-def bases(tmp_path_factory):
-    "A tiny checkpoint of each family."
-    folder = tmp_path_factory.mktemp('bases')
-    return {name: tiny_checkpoint(folder/name, [QUESTION, *ANSWERS], name) for name in FAMILIES}
-
-@pytest.fixture(scope='module')
 def mixed(tmp_path_factory): return draw_mixed(tmp_path_factory.mktemp('mixed'), 6)
 
 def processor(name): return Processor.from_folder(GOLDENS/name)

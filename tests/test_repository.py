@@ -8,6 +8,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from conftest import COLLECTED
 from support import draw_data
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +31,7 @@ def name(path): return path.relative_to(ROOT/'nbs').as_posix()
 def test_each_module_has_one_notebook():
     modules = {p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob('*.py')} - {'_modidx.py'}
     made = [exported_module(p) for p in EXPORTED]
-    assert sorted(made) == sorted(m for m in modules if not m.endswith('__init__.py'))
+    assert sorted(made) == sorted(m for m in modules if not m.endswith(('__init__.py', '__main__.py')))
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=name)
 def test_no_error_is_saved(path):
@@ -40,6 +41,19 @@ def test_no_error_is_saved(path):
 @pytest.mark.parametrize('path', EXPORTED, ids=name)
 def test_exported_notebook_shows_its_outputs(path):
     assert any(c['outputs'] for c in code_cells(path)), 'make notebooks'
+
+def test_every_page_is_in_the_sidebar():
+    sidebar = re.findall(r'^ +- (\S+\.ipynb)$', (ROOT/'_quarto.yml').read_text(), re.M)
+    assert sorted(sidebar) == sorted(map(name, NOTEBOOKS))
+
+def test_support_matrix_names_tests_that_exist(request):
+    page = json.loads((ROOT/'nbs'/'reference'/'support.ipynb').read_text(encoding='utf-8'))
+    table = ''.join(''.join(o['data']['text/html']) for c in page['cells'] for o in c.get('outputs', []) if 'text/html' in o.get('data', {}))
+    rows = [re.findall(r'<code[^>]*>(.*?)</code>', row) for row in re.findall(r'<tr>.*?</tr>', table)]
+    named = {f'tests/{test}[{case}]' for test, *cases in filter(None, rows) for case in cases}
+    collected = set(request.config.stash[COLLECTED])
+    files = {test.partition('::')[0] for test in collected} # all, unless some were chosen on the command line
+    assert len(named) > 60 and not {test for test in named if test.partition('::')[0] in files} - collected
 
 def pinned():
     "Version by package, from constraints.txt."
@@ -87,6 +101,8 @@ def test_wheel_works_away_from_the_checkout(tmp_path):
     def run(*args): return subprocess.run([python, *args], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert Path(run('-c', 'import minicpmv_nb; print(minicpmv_nb.__file__)').strip()).is_relative_to(tmp_path)
     assert 'usage' in run('-m', 'minicpmv_nb.training', '--help')
+    command = subprocess.run([python.parent/'minicpmv_nb', '--help'], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert command == run('-m', 'minicpmv_nb', '--help') and 'usage: minicpmv_nb COMMAND' in command
     data = draw_data(tmp_path, 8)
     code = f"""from minicpmv_nb import launch, lora, merge, tiny_checkpoint
 base = tiny_checkpoint('tiny', ['Which colour is the dot?'])

@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parent.parent
 NBS, PACKAGE, PROC = ROOT/'nbs', ROOT/'minicpmv_nb', ROOT/'_proc'
 REPORT, ALLOWED = ROOT/'.pytest-report.xml', ROOT/'tests'/'allowed_skips.txt'
+BY_HAND = ('__init__.py', '__main__.py')  # the modules that no notebook makes
 TIME_LIMIT = 1800  # seconds for all notebooks: nbdev_test has no limit of its own
 LINK = re.compile(r'\]\(([^)\s]+)\)')
 
@@ -27,10 +28,10 @@ def mirror(folder:Path)->None:
     shutil.copy(ROOT/'settings.ini', folder)
     if (ROOT/'_quarto.yml').exists(): shutil.copy(ROOT/'_quarto.yml', folder)
     shutil.copytree(NBS, folder/'nbs', symlinks=True, ignore=shutil.ignore_patterns('.*'))
-    for init in PACKAGE.rglob('__init__.py'):
-        copy = folder/init.relative_to(ROOT)
+    for own in [p for name in BY_HAND for p in PACKAGE.rglob(name)]:
+        copy = folder/own.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(init, copy)
+        shutil.copy(own, copy)
 
 def changed(folder:Path, names:list[Path])->list[str]:
     "Of `names`, those that are not the same here and in `folder`."

@@ -8,6 +8,7 @@ from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDGET = 'application/vnd.jupyter.widget-view+json'
+BAR = re.compile(r'\d+%\|')  # what tqdm's bar in a notebook is as text
 
 
 def notebooks()->list[Path]:
@@ -24,11 +25,15 @@ def never_run(nb)->bool:
     "Whether the notebook's front matter says `skip_exec: true`."
     return any(c.cell_type == 'raw' and re.search(r'^skip_exec:\s*true', c.source, re.M) for c in nb.cells)
 
+def is_bar(output)->bool:
+    "Whether an output is a progress bar: a slow machine shows them, a fast one does not."
+    return WIDGET in output.get('data', {}) and BAR.search(output.data.get('text/plain', '')) is not None
+
 def drop_noise(nb)->None:
     "Warnings and progress bars do not belong on the page; nor does the state of widgets that no output shows."
     outputs = []
     for cell in [c for c in nb.cells if c.cell_type == 'code']:
-        cell.outputs = [o for o in cell.outputs if not (o.output_type == 'stream' and o.name == 'stderr')]
+        cell.outputs = [o for o in cell.outputs if not (o.output_type == 'stream' and o.name == 'stderr' or is_bar(o))]
         outputs += cell.outputs
     if not any(WIDGET in o.get('data', {}) for o in outputs): nb.metadata.pop('widgets', None)
 
