@@ -10,7 +10,7 @@ logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)
 # Where each public name lives; it is imported when it is first used.
 _HOMES = dict(
     config='Config lora qlora full recommended from_script', samples='Sample check DataError', prompts='Processor', model='load save tiny_checkpoint', batches='load_data',
-    tuning='add_adapter part_table', quantizing='quantize', training='train', plots='plot_run plot_dashboard compare_runs', jobs='launch Run RunFailed find_runs', merging='merge', chat='Chat answer_file exact_match', estimating='estimate', diagnosis='doctor', data_panel='DataPanel AnnotatePanel', run_panel='RunPanel', errors='short_errors', config_panel='ConfigPanel')
+    tuning='add_adapter part_table', quantizing='quantize', training='train', plots='plot_run plot_dashboard compare_runs', jobs='launch Run RunFailed find_runs', merging='merge', chat='Chat answer_file exact_match', estimating='estimate', diagnosis='doctor', answer_panels='MergePanel ChatPanel', data_panel='DataPanel AnnotatePanel', run_panel='RunPanel', errors='short_errors', config_panel='ConfigPanel')
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = sorted(_HOME)
 

@@ -223,7 +223,7 @@ def scores_html(
     most:int=8, # Wrong answers shown
 )->str:
     "Exact match of each model, and the first wrong answers."
-    cell = lambda text, tag='td': f'<{tag} style="text-align:left;padding:2px 10px;overflow-wrap:anywhere">{escape(str(text))}</{tag}>'
+    cell = lambda text, tag='td': f'<{tag} style="text-align:left;vertical-align:top;padding:2px 10px;line-height:1.4;overflow-wrap:break-word">{escape(str(text))}</{tag}>'
     table = lambda head, rows: f'<table><tr>{"".join(cell(h, "th") for h in head)}</tr>{"".join("<tr>" + "".join(map(cell, r)) + "</tr>" for r in rows)}</table>'
     known = {role: found for role, found in answers.items() if found}
     if not known: return ''
@@ -245,6 +245,9 @@ class _ChatForm(RunsPanel):
 
     def __init__(self, runs:str|Path):
         self.preview, self.talk, self.expected, self.scores, self.note = (W.HTML(layout=W.Layout(width='98%')) for _ in range(5))
+        self.chats, self.history, self.talks, self.shown = {}, [], {}, set() # by role; exchanges; conversations by role; picture files that were shown
+        self.given, self.uploads, self.uploaded = [], [], None # picture files of an entry, and from the browser
+        self.samples, self.answers, self.stopping, self.drawn = [], {}, False, 0.0
         parts = [*self._models(), W.HTML('<hr>'), *self._question(), W.HBox([self.go, self.stop, self.anew, self.release]), self.talk, self._folded()]
         super().__init__(runs, self.tuned, *parts)
         *above, talk, folded, message = self.box.children
@@ -383,7 +386,7 @@ class _ChatPictures(_ChatModels):
 
     def no_picture(self)->None:
         "Take back what was chosen."
-        self.given, self.uploads, self.path.value, self.files.value = [], [], '', ()
+        self.given, self.uploads, self.path.value, self.files.value, self.upload.value = [], [], '', (), ()
         self.show_pictures()
 
     def chosen(self)->list[Path]:
@@ -491,7 +494,7 @@ class _ChatFile(_ChatTalk):
         if not self.samples: return
         sample = self.samples[self.entry.value]
         asked, text, expected = first_question(sample)
-        self.path.value, self.uploads = '', []
+        self.no_picture()
         self.given = [Path(p.path) for p in shown_in(asked, sample.pictures)]
         self.question.value, self.system.value = text, asked[0].parts[0] if len(asked) > 1 else ''
         self.expected.value = f'<span style="color:{TONES["note"]}">entry {self.entry.value} of {len(self.samples)}, id {escape(sample.id)}; expected:</span> <span style="white-space:pre-wrap">{escape(expected)}</span>'
@@ -523,9 +526,6 @@ class ChatPanel(_ChatFile):
     ):
         if tuned and adapter: raise ValueError('Give a tuned checkpoint or an adapter, not both.')
         super().__init__(runs)
-        self.chats, self.history, self.talks, self.shown = {}, [], {}, set()
-        self.given, self.uploads, self.uploaded = [], [], None
-        self.samples, self.answers, self.stopping, self.drawn = [], {}, False, 0.0
         self.base.value = str(base)
         self._connect()
         self.tuned.value = str(tuned or adapter)

@@ -12,6 +12,7 @@ __all__ = ['GUIDE_LORA_TARGETS', 'TYPES', 'NAMES', 'CHOICES', 'POSITIVE', 'GUIDE
 # %% ../nbs/01_config.ipynb #51096afc
 import difflib, json, math, os, re, shlex, time
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -272,6 +273,7 @@ def to_flags(
     text = lambda v: str(v).lower() if isinstance(v, bool) else str(v)
     return [part for name, value in asdict(cfg).items() if value is not None or DEFAULTS[name] is not None for part in (f'--{name}', text(value))]
 
+@cache
 def documented()->dict[str,dict]: # By field: its `section`, `kind` and `default` as they are written, and its `meaning`
     "What the source of `Config` says of its fields."
     import inspect

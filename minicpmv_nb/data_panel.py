@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['PICTURES', 'NO_MODEL', 'NOTES', 'find_data', 'find_checkpoints', 'find_albums', 'kind_of', 'plain', 'problem_table',
            'jpeg', 'figure', 'whole_html', 'pieces_html', 'talk_html', 'costs_line', 'sample_html', 'entry_html',
-           'Checked', 'check_file', 'counts', 'counts_html', 'told', 'DataPanel', 'chosen', 'read_guide', 'image_of',
-           'rounds_of', 'with_rounds', 'Album', 'missing', 'open_after', 'add_picture', 'small', 'AnnotatePanel']
+           'Checked', 'check_file', 'counts', 'counts_html', 'told', 'OneByOne', 'DataPanel', 'chosen', 'read_guide',
+           'image_of', 'rounds_of', 'with_rounds', 'Album', 'missing', 'open_after', 'add_picture', 'small',
+           'AnnotatePanel']
 
 # %% ../nbs/19_data_panel.ipynb #5360f96c
-import hashlib, json, os, re, threading
+import hashlib, json, os, re, threading, time
 from base64 import b64encode
 from bisect import bisect_left, bisect_right
 from collections import Counter
@@ -276,10 +277,21 @@ def told(
     try: yield
     finally: done.set(); watcher.join()
 
+# %% ../nbs/19_data_panel.ipynb #877f7cd4
+class OneByOne(Panel):
+    "A panel whose callbacks never run at the same time."
+    def __init__(self, *children:W.Widget): # As in `Panel`
+        self.lock = threading.RLock()
+        super().__init__(*children)
+
+    def turn(self, work, *args): # A function and its arguments
+        "Call a function when no other is at work; an error becomes the line."
+        with self.lock: return self.attempt(work, *args)
+
 # %% ../nbs/19_data_panel.ipynb #3e98b47e
 _WIDE = dict(description_width='initial')
 
-class _DataForm(Panel): # The widgets of a DataPanel
+class _DataForm(OneByOne): # The widgets of a DataPanel
     def __init__(self,
         path:str='', # A data file in the guide's format
         model:str='', # A checkpoint folder; empty: no slices and tokens
@@ -312,8 +324,8 @@ class _DataForm(Panel): # The widgets of a DataPanel
         self.id = W.Text(description='id', tooltip='Go to the entry with this id: type it and press Enter.', placeholder='go to id', continuous_update=False, layout=W.Layout(width='200px'), style=_WIDE)
         self.which = W.Dropdown(options=['all', 'good', 'bad', 'as in Problems'], description='show', tooltip='Which entries previous and next go through.', layout=W.Layout(width='230px'), style=_WIDE)
         self.place, self.view = W.HTML(), W.HTML()
-        self.previous.on_click(lambda _: self.step(-1)); self.next.on_click(lambda _: self.step(1))
-        self.entry.observe(lambda _: self.show(), 'value'); self.id.observe(lambda _: self.go_to_id(), 'value'); self.which.observe(lambda _: self.choose(), 'value')
+        self.previous.on_click(lambda _: self.turn(self.step, -1)); self.next.on_click(lambda _: self.turn(self.step, 1))
+        for field, work in ((self.entry, self.show), (self.id, self.go_to_id), (self.which, self.choose)): field.observe(lambda _, work=work: self.turn(work), 'value')
         return W.VBox([W.HBox([self.previous, self.next, self.entry, self.id, self.which], layout=W.Layout(flex_flow='row wrap')), self.place, self.view])
 
     def _finder(self)->W.VBox: # The page of problems
@@ -321,7 +333,8 @@ class _DataForm(Panel): # The widgets of a DataPanel
         self.search = W.Text(description='id contains', tooltip='Only problems of entries whose id contains this.', continuous_update=False, layout=W.Layout(width='24%'), style=_WIDE)
         self.look = W.Button(description='Look at them', tooltip='Page through the entries of this table.', layout=W.Layout(width='120px'))
         self.table = W.HTML()
-        self.kind.observe(lambda _: self.find(), 'value'); self.search.observe(lambda _: self.find(), 'value'); self.look.on_click(lambda _: self.look_at())
+        for field in (self.kind, self.search): field.observe(lambda _: self.turn(self.find), 'value')
+        self.look.on_click(lambda _: self.turn(self.look_at))
         return W.VBox([W.HBox([self.kind, self.search, self.look]), self.table])
 
 # %% ../nbs/19_data_panel.ipynb #f0cec70d
@@ -389,7 +402,8 @@ class DataPanel(_DataForm):
         here = f'{at+1:,} of {len(self.order):,} shown' if at < len(self.order) and self.order[at] == entry else 'not among those shown'
         name = checked.raw[entry].get('id', '') if isinstance(checked.raw[entry], dict) else ''
         self.place.value = f'<b>entry {entry}, id {plain(str(name))}</b>: {"bad" if entry in checked.faults else "good"} ({here})'
-        self.view.value = self.attempt(checked.html, entry) or ''
+        self.view.value = '' # rather than another entry, should this one fail
+        self.view.value = checked.html(entry)
 
     def values(self)->dict: # Plain data
         "The form, and what the check found."
@@ -609,11 +623,11 @@ def small(
     "A small version of a picture, made once."
     return _small(str(file), _stamp(file), side)
 
-class _AlbumForm(Panel): # The widgets of an AnnotatePanel
+class _AlbumForm(OneByOne): # The widgets of an AnnotatePanel
     def __init__(self,
         folder:str='', # Where the pictures are; empty: chosen later
     ):
-        self.album, self.picture, self.rows, self.filling = None, None, [], False
+        self.album, self.picture, self.rows, self.former, self.marking = None, None, [], [], False
         super().__init__(*self._form(str(folder)))
         self.work = W.HBox([self._list(), self._middle()], layout=W.Layout(display='none'))
         self.box.children += (self.work,) # below the line
@@ -624,14 +638,14 @@ class _AlbumForm(Panel): # The widgets of an AnnotatePanel
         self.go = W.Button(description='Open', button_style='primary', tooltip='Open the folder, or read it again.', layout=W.Layout(width='90px'))
         self.upload = W.FileUpload(multiple=True, accept=','.join(PICTURES), description='Add pictures', tooltip='Copy pictures from your computer into the folder. For hundreds, copy them yourself and click Open.', layout=W.Layout(width='150px'))
         self.share = W.BoundedFloatText(min=0, max=.9, step=.05, description='held out', tooltip='Share of entries written to eval.json instead of train.json, for evaluation during training. Which ones is decided by the name of the picture.', layout=W.Layout(width='130px'), style=_WIDE)
-        self.go.on_click(lambda _: self.attempt(self.open))
-        self.upload.observe(lambda change: change['new'] and self.attempt(self.add, change['new']), 'value')
-        self.share.observe(lambda _: self.filling or self.attempt(self.hold_out), 'value')
+        self.go.on_click(lambda _: self.turn(self.open))
+        self.upload.observe(lambda change: change['new'] and self.turn(self.add, change['new']), 'value')
+        self.share.observe(lambda _: self.turn(self.hold_out), 'value')
         return [W.HBox([self.folder, self.go, self.upload, self.share], layout=W.Layout(flex_flow='row wrap'))]
 
     def _list(self)->W.Select: # All pictures with their marks
         self.names = W.Select(rows=22, tooltip='All pictures. ✓: has an entry; –: skipped. Choose one to go there.', layout=W.Layout(width='210px', min_width='150px'))
-        self.names.observe(lambda change: self.filling or self.go_to(change['new']), 'value')
+        self.names.observe(lambda change: self.turn(self.go_to, change['new']), 'value')
         return self.names
 
     def _middle(self)->W.VBox: # Neighbours, picture, rounds, buttons
@@ -641,20 +655,20 @@ class _AlbumForm(Panel): # The widgets of an AnnotatePanel
         self.more, self.fewer = button('One more round', 'Another question about the same picture.', self.add_round), button('One round less', 'Take the last round away.', self.drop_round)
         self.remove = button('Remove entry', "Take this picture's entry out of the file.", self.remove_entry)
         self.strip = [(W.Image(format='jpeg', layout=W.Layout(width='88px', height='66px', object_fit='contain')), W.Button(layout=W.Layout(width='92px'))) for _ in range(7)]
-        for i, (_, b) in enumerate(self.strip): b.on_click(lambda _, i=i: self.go_to(self.window[i]))
+        for i, (_, b) in enumerate(self.strip): b.on_click(lambda _, i=i: self.turn(self.go_to, self.window[i]))
         self.view, self.rounds = W.HTML(), W.VBox(layout=W.Layout(flex='1 1 300px'))
         buttons = W.HBox([self.back, self.skip, self.next, self.more, self.fewer, self.remove], layout=W.Layout(flex_flow='row wrap'))
         return W.VBox([W.HBox([W.VBox(pair) for pair in self.strip]), W.HBox([self.view, self.rounds], layout=W.Layout(flex_flow='row wrap')), buttons], layout=W.Layout(flex='1 1 auto'))
 
     def _button(self, button:W.Button, work)->W.Button: # An error becomes the line
-        button.on_click(lambda _: self.attempt(work))
+        button.on_click(lambda _: self.turn(work))
         return button
 
-    def _row(self, n:int)->tuple: # Question and answer
-        area = lambda what, rows: W.Textarea(description=what, rows=rows, continuous_update=False, tooltip=f'{what} of round {n}; it is written when you leave the field.', layout=W.Layout(width='98%'), style=dict(description_width='70px'))
-        row = area(f'question {n}', 2), area(f'answer {n}', 3)
-        for w in row: w.observe(lambda _: self.filling or self.attempt(self.typed), 'value')
-        return row
+    def _row(self, picture:str, rows:list, question:str='', answer:str='')->None: # One more, of these rows of this picture
+        n = len(rows)+1
+        area = lambda what, lines, text: W.Textarea(value=text, description=f'{what} {n}', rows=lines, continuous_update=False, tooltip=f'The {what} of round {n}. It is written when you leave the field.', layout=W.Layout(width='98%'), style=dict(description_width='70px'))
+        rows.append((area('question', 2, question), area('answer', 3, answer)))
+        for field in rows[-1]: field.observe(lambda _: self.turn(self.typed, picture, rows), 'value')
 
 # %% ../nbs/19_data_panel.ipynb #5611d5ef
 class AnnotatePanel(_AlbumForm):
@@ -665,7 +679,7 @@ class AnnotatePanel(_AlbumForm):
         self.work.layout.display = 'none'
         self.album = Album(self.folder.value)
         self.suggestion = [q for e in self.album.entries[-1:] for q, _ in rounds_of(e)] or ['']
-        self.filling = True; self.share.value = self.album.share; self.filling = False
+        self.share.value = self.album.share
         names, at = self.album.pictures(), self.album.notes['at']
         if not names: return self.say(f'There is no picture in {self.folder.value}: add some.', 'note')
         self.work.layout.display = None
@@ -692,50 +706,50 @@ class AnnotatePanel(_AlbumForm):
         self.view.value = figure(Image.open(BytesIO(small(file, 640))), f'{picture}, {seen.width} x {seen.height} pixels', 320)
 
     def fill(self, rounds:list[tuple[str,str]]): # Question and answer of each
-        "Put texts into the fields."
-        self.filling = True
-        self.rows += [self._row(n+1) for n in range(len(self.rows), len(rounds))]
-        for row, texts in zip_longest(self.rows, rounds, fillvalue=('', '')):
-            for field, text in zip(row, texts): field.value = text
-        self.rounds.children = [field for row in self.rows[:len(rounds)] for field in row]
-        self.filling = False
+        "Make fields for the picture. Those of the one before live on for a while: what is typed last may come late, and belongs to it."
+        self.former.append(self.rows)
+        if len(self.former) > 3: [field.close() for row in self.former.pop(0) for field in row]
+        self.rows = []
+        for pair in rounds: self._row(self.picture, self.rows, *pair)
+        self.rounds.children = [field for row in self.rows for field in row]
 
     def mark(self):
         "Draw the list and the neighbours anew."
         names, done, skipped = self.album.pictures(), self.album.done(), self.album.notes['skipped']
         sign = lambda name: '✓' if name in done else '–' if name in skipped else '\u2003'
-        short = lambda name: stem if len(stem := Path(name).stem) < 7 else f'…{stem[-6:]}'
+        short = lambda name: stem if len(stem := Path(name).stem) < 7 else f'…{stem[-5:]}'
         at = names.index(self.picture)
         first = max(0, min(at-3, len(names)-7))
         self.window = names[first:first+7]
-        self.filling = True
+        self.marking = True
         self.names.options = [(f'{sign(name)} {name}', name) for name in names]; self.names.value = self.picture
-        self.filling = False
+        self.marking = False
         for (image, button), name in zip_longest(self.strip, self.window):
             image.layout.display = button.layout.display = None if name else 'none'
             if name: image.value, image.alt, button.description, button.tooltip, button.button_style = small(self.album.folder/name), name, f'{sign(name)} {short(name)}'.strip(), name, 'info' if name == self.picture else ''
 
-    def typed_rounds(self)->list[tuple[str,str]]: # What is in the fields, without rounds that are suggestions only
-        pairs = [(q.value.strip(), a.value.strip()) for q, a in self.rows[:len(self.rounds.children)//2]]
+    def typed_rounds(self, rows:list)->list[tuple[str,str]]: # What is in the fields, without rounds that are suggestions only
+        pairs = [(q.value.strip(), a.value.strip()) for q, a in rows]
         return [(q, a) for q, a in pairs if a or q and q not in self.suggestion]
 
-    def typed(self):
+    def typed(self, picture:str, rows:list):
         "Write the entry if it is complete."
-        rounds = self.typed_rounds()
+        rounds = self.typed_rounds(rows)
         if rounds and missing(rounds): self.say(f'Not written yet. {missing(rounds)}', 'note')
-        elif rounds: self.keep(rounds)
+        elif rounds: self.keep(picture, rounds)
 
-    def keep(self, rounds:list[tuple[str,str]]): # Complete
+    def keep(self, picture:str, rounds:list[tuple[str,str]]): # Complete
         "Write the entry."
-        entry = self.album.write(self.picture, rounds)
+        entry = self.album.write(picture, rounds)
         self.suggestion = [q for q, _ in rounds]
         self.mark()
-        self.tell(f'{self.picture} is in {"eval" if self.album.held_out(entry) else "train"}.json. ')
+        self.tell(f'{picture} is in {"eval" if self.album.held_out(entry) else "train"}.json. ')
 
     def settle(self)->bool: # Whether one may leave the picture
         "Write what is typed, or say what it lacks."
-        rounds = self.typed_rounds()
-        if rounds: self.keep(rounds)
+        if missing(self.typed_rounds(self.rows)): time.sleep(.3) # what was typed may come after the click
+        rounds = self.typed_rounds(self.rows)
+        if rounds: self.keep(self.picture, rounds)
         elif self.album.of(self.picture): raise ValueError('The fields are empty, and the file still has an entry of this picture: fill them, or click Remove entry.')
         return bool(rounds)
 
@@ -746,7 +760,9 @@ class AnnotatePanel(_AlbumForm):
 
     def go_to(self, picture:str): # From `Album.pictures`
         "Go to a picture, unless this one lacks something."
-        if picture and picture != self.picture: self.attempt(self.leave, picture); self.mark()
+        if self.marking or picture in (None, self.picture): return
+        try: self.leave(picture)
+        finally: self.mark()
 
     def neighbour(self, by:int)->str: # The picture before or after; at the ends this one
         names = self.album.pictures()
@@ -762,16 +778,21 @@ class AnnotatePanel(_AlbumForm):
 
     def skip_it(self):
         "Go on without an entry."
-        if not self.album.of(self.picture): self.album.note(skipped=sorted({*self.album.notes['skipped'], self.picture}))
+        if self.album.of(self.picture) is None: self.album.note(skipped=sorted({*self.album.notes['skipped'], self.picture}))
         self.draw(self.neighbour(1))
         self.tell()
 
-    def add_round(self): self.fill([(q.value, a.value) for q, a in self.rows[:len(self.rounds.children)//2]] + [('', '')]) # One more
+    def add_round(self):
+        "Make room for another question."
+        self._row(self.picture, self.rows)
+        self.rounds.children += self.rows[-1]
 
     def drop_round(self):
         "Take the last round away."
-        rounds = [(q.value, a.value) for q, a in self.rows[:len(self.rounds.children)//2]]
-        if len(rounds) > 1: self.fill(rounds[:-1]); self.typed()
+        if len(self.rows) == 1: return
+        self.rows.pop()
+        self.rounds.children = self.rounds.children[:-2]
+        self.typed(self.picture, self.rows)
 
     def remove_entry(self):
         "Take the picture's entry out of the file."
@@ -782,7 +803,7 @@ class AnnotatePanel(_AlbumForm):
 
     def hold_out(self):
         "Hold out another share of the entries."
-        if self.album is None: return
+        if self.album is None or self.share.value == self.album.share: return
         self.album.hold_out(self.share.value)
         self.tell()
 
@@ -800,4 +821,4 @@ class AnnotatePanel(_AlbumForm):
         if album is None: return dict(folder=self.folder.value, file=None, eval_file=None, entries=0, held_out=0, pictures=0, done=0, skipped=[], picture=None, rounds=[], share=self.share.value, message=self.said)
         held = sum(map(album.held_out, album.entries))
         return dict(folder=str(album.folder), file=str(album.files['train']), eval_file=str(album.files['eval']) if held else None, entries=len(album.entries), held_out=held,
-            pictures=len(album.pictures()), done=len(album.done()), skipped=album.notes['skipped'], picture=self.picture, rounds=self.typed_rounds(), share=album.share, message=self.said)
+            pictures=len(album.pictures()), done=len(album.done()), skipped=album.notes['skipped'], picture=self.picture, rounds=self.typed_rounds(self.rows), share=album.share, message=self.said)

@@ -196,8 +196,8 @@ class Estimate:
     "GB on each GPU by part at three moments; shown as a table."
     moments = dict(loading='loading', training='forward and backward', step='optimizer step')
 
-    def __init__(self, rows:list[dict], gpus:int, work:Work, notes:tuple=()): # `part` and GB at each moment; processes in all; the batch; sentences
-        self.rows, self.gpus, self.work, self.notes = rows, gpus, work, (f'The batch: {work.source}.', *notes, *ASSUMED)
+    def __init__(self, rows:list[dict], gpus:int, work:Work, notes:tuple=(), host:float=0.0): # `part` and GB at each moment; processes in all; the batch; sentences; GB that each process keeps in the memory of the machine
+        self.rows, self.gpus, self.work, self.host, self.notes = rows, gpus, work, host, (f'The batch: {work.source}.', *notes, *ASSUMED)
 
     @property
     def together(self)->dict[str,float]: return {m: sum(r[m] for r in self.rows) for m in self.moments} # GB at each moment
@@ -230,7 +230,7 @@ def estimate(
     "Say how much memory a run needs on each GPU, by part and moment. Only `config.json` of the checkpoint is read, and the data file where there is one. Raises as `heaviest` and `resolve`."
     folder, ranks = resolve(cfg.model_name_or_path, cfg.revision)[0], (gpus or cfg.gpus or 1)*cfg.nnodes
     config, work = read_config(folder), work or heaviest(cfg, folder)
-    return Estimate(_rows(config, cfg, ranks, work), ranks, work, _notes(cfg, config, ranks))
+    return Estimate(_rows(config, cfg, ranks, work), ranks, work, _notes(cfg, ranks, _host(config, cfg, ranks)), _host(config, cfg, ranks))
 
 # %% ../nbs/15_estimating.ipynb #5f5e4bb7
 MOMENTS = (('adafactor', 0), ('sgd', 0), ('rmsprop', 4), ('adagrad', 4), ('lion', 4), ('8bit', 2)) # Bytes of state by what an optimiser's name holds; others are Adams
@@ -243,19 +243,19 @@ def moment_bytes(
     return (found[-1]//(2 if '8bit' in optim and 'lion' in optim else 1) if found else 8)
 
 @lru_cache(maxsize=16)
-def _counts(text:str, cfg:Config)->dict: # Parameters: trained, frozen, packed, and the largest layer that is packed
+def _counts(text:str, cfg:Config)->dict: # Parameters: trained, frozen, packed; the largest layer that is packed, and the largest weight that trains
     config = json.loads(text)
     with torch.device('meta'): model = MiniCPMV(config)
     four_bit = cfg.q_lora or 'quantization_config' in config
     sizes = [model.get_submodule(n).weight.numel() for n in quantized_layers(model, cfg.quantize_vision)] if four_bit else [0]
     with torch.device('meta'): parameters = list(tune(model, cfg).parameters())
     of = lambda trained: sum(p.numel() for p in parameters if p.requires_grad is trained)
-    return dict(trained=of(True), frozen=of(False), packed=sum(sizes), largest=max(sizes))
+    return dict(trained=of(True), frozen=of(False), packed=sum(sizes), largest=max(sizes), widest=max(p.numel() for p in parameters if p.requires_grad))
 
 def _rows(config:dict, cfg:Config, ranks:int, work:Work)->list[dict]: # One per part
     stage, width = zero_stage(cfg), 2 if cfg.bf16 or cfg.fp16 else 4
     n = dict(_counts(json.dumps(config), only_model(cfg)))
-    largest = n.pop('largest')
+    largest, widest = n.pop('largest'), n.pop('widest')
     needs = memory(**n, stage=stage, gpus=ranks, width=width, offload=offloaded(cfg), moments=moment_bytes(cfg.optim))
     builds = not stage and cfg.gradient_accumulation_steps == 1 and ranks == 1 # gradients arise during the backward pass
     step = paper_step(config, cfg, work, keep=builds)
@@ -263,26 +263,34 @@ def _rows(config:dict, cfg:Config, ranks:int, work:Work)->list[dict]: # One per 
     arising = dict(gradients=step.gradients/1e9 if builds else needs['gradients'])
     row = lambda part, loading=0.0, training=0.0, step=0.0: dict(part=part, loading=loading, training=training, step=step)
     return [row('weights', needs['loading'], needs['weights'], needs['weights']), row('gradients', 0.0, arising['gradients'], needs['gradients']), row('optimizer', 0.0, needs['optimizer'], needs['optimizer']),
-        row('buckets and gathered weights', 0.0, *_buffers(cfg, stage, ranks, n, width)), row('one layer unpacked', 0.0, largest*2/1e9),
+        row('buckets and gathered weights', 0.0, *_buffers(cfg, stage, ranks, n, width, widest)), row('one layer unpacked', 0.0, largest*2/1e9),
         row('tower, for the backward pass', 0.0, step.tower/1e9), row('language model, for the backward pass', 0.0, step.llm/1e9), row('logits and the layer at work', 0.0, step.head/1e9),
         row('copies while stepping', 0.0, 0.0, _copies(cfg, stage, ranks, trained, width))]
 
-def _buffers(cfg:Config, stage:int, ranks:int, n:dict, width:int)->tuple[float,float]: # GB in the backward pass, and in the step
+def _buffers(cfg:Config, stage:int, ranks:int, n:dict, width:int, widest:int)->tuple[float,float]: # GB in the backward pass, and in the step
     if not stage: return (4*n['trained']/1e9,)*2 if ranks > 1 else (0.0, 0.0)
     zero = deepspeed_json(cfg)['zero_optimization']
     bucket = float(zero.get('reduce_bucket_size', 5e8))*width/1e9
-    if stage < 3: return bucket, 0.0
+    spare = widest*width/1e9 if offloaded(cfg) != 'none' else 0.0 # for one gradient on its way out
+    if stage < 3: return bucket + spare, spare
     all_weights = memory(**n, stage=2, width=width)['weights']
     return bucket + min(all_weights, float(zero.get('stage3_max_live_parameters', 1e9))*width/1e9), bucket
+
+def _host(config:dict, cfg:Config, ranks:int)->float: # GB that each process keeps in the memory of the machine: optimiser, gradients in float32, and what goes to and from the GPU
+    if offloaded(cfg) == 'none': return 0.0
+    n, width, stage = _counts(json.dumps(config), only_model(cfg)), 2 if cfg.bf16 or cfg.fp16 else 4, zero_stage(cfg)
+    passing = width*(2 if stage < 3 and cfg.gradient_accumulation_steps > 1 else 1)
+    away = memory(n['trained'], n['frozen'], stage, ranks, n['packed'], width)['weights'] if offloaded(cfg) == 'all' else 0.0
+    return ((8+moment_bytes(cfg.optim)+passing)*n['trained']/ranks + (n['widest']*width if stage < 3 else 0))/1e9 + away
 
 def _copies(cfg:Config, stage:int, ranks:int, trained:float, width:int)->float: # GB
     if offloaded(cfg) != 'none': return 0.0
     adam = 0 if moment_bytes(cfg.optim) < 8 or 'fused' in cfg.optim else 4
     return adam*trained if not stage else (width+4+adam)*min(trained/ranks, 1.0 if stage == 3 else trained)
 
-def _notes(cfg:Config, config:dict, ranks:int)->tuple: # What is special about this run
+def _notes(cfg:Config, ranks:int, host:float)->tuple: # What is special about this run
     said = []
     if not cfg.bf16 and not cfg.fp16: said.append('Everything in float32.')
-    if offloaded(cfg) != 'none': said.append('What is offloaded needs the same space in the memory of the machine.')
+    if host: said.append(f'What is offloaded needs {host*ranks/cfg.nnodes:.1f} GB in the memory of {"the" if cfg.nnodes == 1 else "each"} machine.')
     if zero_stage(cfg) == 3: said.append('Every process loads the whole model before ZeRO-3 splits it.')
     return tuple(said)

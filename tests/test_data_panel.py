@@ -1,7 +1,8 @@
 "The two panels for data: what they show and write, without a browser."
 import json, time
 from datetime import datetime
-from threading import Event
+from io import StringIO
+from threading import Event, Thread
 
 import pytest
 from PIL import Image
@@ -161,7 +162,7 @@ def test_progress_is_told():
     from tqdm import tqdm
     said, heard = [], Event()
     with told(lambda text: (said.append(text), heard.set()), .01):
-        bar = tqdm(total=2000, desc='checking')
+        bar = tqdm(total=2000, desc='checking', file=StringIO())
         assert heard.wait(5)
         bar.close()
     count = len(said)
@@ -170,7 +171,7 @@ def test_progress_is_told():
 
 def test_other_bars_are_not_told():
     from tqdm import tqdm
-    other, said = tqdm(total=5, desc='other'), []
+    other, said = tqdm(total=5, desc='other', file=StringIO()), []
     with told(said.append, .01): time.sleep(.05)
     other.close()
     assert said == []
@@ -185,6 +186,13 @@ def test_finds_what_is_there(tmp_path, tiny):
 def test_kinds_do_not_depend_on_the_entry(tmp_path):
     kinds = {kind_of(p.reason) for p in check(write_data(tmp_path, [entry(str(i), f'{i} <b>.png') for i in range(9)]))[1].problems}
     assert kinds == {'The picture … does not exist.'}
+
+def test_clicks_in_two_threads_show_the_entry_that_is_named(tmp_path):
+    panel = checked_panel(draw_data(tmp_path, 30))
+    threads = [Thread(target=button.click) for button in (panel.next, panel.next, panel.previous, panel.next)*5]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert f'{panel.values()["sample"] % 30}.png' in panel.view.value and f'entry {panel.values()["sample"]},' in panel.place.value
 
 # --- AnnotatePanel
 
@@ -393,3 +401,28 @@ def test_check_file_agrees_with_check(tmp_path, tiny):
     path = faulty(tmp_path)
     checked = check_file(path, tiny)
     assert list(checked.samples) == [0, 2] and sorted(checked.faults) == [1, 3, 4, 5] and len(checked.raw) == 6
+
+def test_an_answer_that_comes_after_the_click_goes_to_its_picture(tmp_path):
+    panel = AnnotatePanel(str(album_of(tmp_path)))
+    answer(panel, 'Black.', 'Which colour?'); panel.next.click()
+    late = panel.rows[0][1]
+    panel.back.click() # JupyterLab may bring the click first
+    late.value = 'Red.'
+    assert [(e['id'], rounds_of(e)) for e in saved(tmp_path)] == [('0.png', [('Which colour?', 'Black.')]), ('1.png', [('Which colour?', 'Red.')])]
+    assert panel.picture == '0.png' and panel.rows[0][1].value == 'Black.'
+
+def test_an_answer_that_comes_a_little_late_is_waited_for(tmp_path):
+    panel = AnnotatePanel(str(album_of(tmp_path)))
+    panel.rows[0][0].value = 'Which colour?'
+    late = Thread(target=lambda field: (time.sleep(.1), setattr(field, 'value', 'Black.')), args=(panel.rows[0][1],))
+    late.start()
+    panel.next.click()
+    late.join()
+    assert panel.picture == '1.png' and rounds_of(saved(tmp_path)[0]) == [('Which colour?', 'Black.')]
+
+def test_a_new_round_keeps_what_is_typed(tmp_path):
+    panel = AnnotatePanel(str(album_of(tmp_path)))
+    field = panel.rows[0][1]
+    panel.more.click()
+    field.value = 'Black.' # comes after the click
+    assert panel.rows[0][1] is field and len(panel.rounds.children) == 4 and field in panel.rounds.children
