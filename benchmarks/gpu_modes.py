@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from minicpmv_nb import config, training
-from minicpmv_nb.config import deepspeed_json, read_metrics
+from minicpmv_nb.config import deepspeed_json, read_metrics, zero_stage
 from minicpmv_nb.estimating import Estimate, estimate
 from minicpmv_nb.families import FAMILIES, read_config
 from minicpmv_nb.jobs import launch
@@ -131,10 +131,10 @@ def too_much(e:Estimate)->str|None:
     if e.total + 1 > there: return f'needs {e.total:.0f} GB on a GPU that has {there:.0f}'
     if e.host*e.gpus > psutil.virtual_memory().available/1e9: return f'needs {e.host*e.gpus:.0f} GB of the machine\'s memory'
 
-def expected(e:Estimate, gpu:bool)->dict:
-    "GB: the peak of loading and of training; on a CPU what is there behind a step, where nothing is on a GPU."
+def expected(e:Estimate, stage:int, gpu:bool)->dict:
+    "GB: the peak of loading and of training; on a CPU what is there behind a step, with what is offloaded. The buckets of DDP are held by C++, which `held` cannot see."
     if gpu: return dict(loading=e.together['loading'], training=max(e.together['training'], e.together['step']))
-    kept = ('weights', 'optimizer', 'buckets and gathered weights')
+    kept = ('weights', 'optimizer') + (('buckets and gathered weights',) if stage else ()) + (('gradients',) if stage == 3 else ())
     return dict(loading=e.together['loading'], training=e.host + sum(r['step'] for r in e.rows if r['part'] in kept))
 
 def measure(mode:str, base:Path, data:Path, out:Path, args)->dict:
@@ -148,7 +148,7 @@ def measure(mode:str, base:Path, data:Path, out:Path, args)->dict:
     script.write_text(script.read_text().replace('-m minicpmv_nb.training', shlex.quote(str(HERE/'gpu_modes.py'))))
     with open(run.file('log.txt'), 'w') as log: code = subprocess.run(['bash', str(script)], stdout=log, stderr=subprocess.STDOUT).returncode
     if code: return row | dict(failed=run.status().get('error') or run.log(3))
-    return row | summary([json.loads(f.read_text()) for f in sorted(run.folder.glob('watched-*.json'))], expected(e, torch.cuda.is_available()), read_metrics(run.folder))
+    return row | summary([json.loads(f.read_text()) for f in sorted(run.folder.glob('watched-*.json'))], expected(e, zero_stage(cfg), torch.cuda.is_available()), read_metrics(run.folder))
 
 def summary(watched:list[dict], want:dict, metrics:list[dict])->dict:
     "The worst rank's memory, beside what was expected; the median time of a step, without the first."

@@ -319,10 +319,10 @@ def from_text(
 def _widget(name:str, meaning:str)->W.Widget:
     kind, optional = _kinds(name)[0], type(None) in get_args(TYPES[name])
     common = dict(description=name, tooltip=meaning, style=dict(description_width=LABEL))
-    if kind is bool and not optional: return W.Checkbox(**common, layout=W.Layout(width='330px'))
-    if kind is bool: return W.Dropdown(options=[('None', None), ('yes', True), ('no', False)], **common, layout=W.Layout(width='330px'))
-    if name in CHOICES: return W.Dropdown(options=CHOICES[name], **common, layout=W.Layout(width='330px'))
-    return W.Text(placeholder='None' if optional else '', **common, layout=W.Layout(width='480px' if kind is str else '330px'))
+    if kind is bool and not optional: return W.Checkbox(**common, layout=W.Layout(width='400px'))
+    if kind is bool: return W.Dropdown(options=[('None', None), ('yes', True), ('no', False)], **common, layout=W.Layout(width='400px'))
+    if name in CHOICES: return W.Dropdown(options=CHOICES[name], **common, layout=W.Layout(width='400px'))
+    return W.Text(placeholder='None' if optional else '', **common, layout=W.Layout(width='480px' if kind is str else '400px'))
 
 class Row:
     "A field of `Config`: a widget, what the field means, and what is wrong with its value."
@@ -357,14 +357,19 @@ METHODS = {'LoRA': (True, False), 'QLoRA': (True, True), 'full': (False, False)}
 PRECISIONS = {'bf16': (True, False), 'fp16': (False, True), 'float32': (False, False)}
 STAGES = {'none': None, 'ZeRO-2': 'ds_config_zero2.json', 'ZeRO-3': 'ds_config_zero3.json', 'a file': ''}
 
+def _buttons(title:str, options, tooltip:str, **more)->W.ToggleButtons: # For a `_label` before them, which they themselves would put above
+    return W.ToggleButtons(options=options, tooltip=tooltip, tooltips=[f'{title}: {option}' for option in options], style=dict(button_width='auto'), layout=W.Layout(width='262px'), **more)
+
+def _label(text:str)->W.HTML: return W.HTML(f'<div style="text-align:right;margin-right:8px">{text}</div>', layout=W.Layout(width=LABEL))
+
 class Choice(Row):
     "Several fields that are set together."
     def __init__(self, title:str, names:tuple, options:dict[str,tuple], kind=W.Dropdown): # Of the row; of the fields; values of all of them, by what is chosen
         self.options = options
         meaning = '; '.join(f'{name}: {documented()[name]["meaning"]}' for name in names)
-        buttons = kind is W.ToggleButtons
-        widget = kind(options=list(options), description=title, tooltip=meaning, style=dict(description_width=LABEL) | (dict(button_width='70px') if buttons else {}), layout=W.Layout(width='480px' if buttons else '330px'))
+        widget = _buttons(title, list(options), meaning) if kind is W.ToggleButtons else kind(options=list(options), description=title, tooltip=meaning, style=dict(description_width=LABEL), layout=W.Layout(width='400px'))
         self._build(names, meaning, widget)
+        if kind is W.ToggleButtons: self.box.children = (_label(title), *self.box.children)
 
     def read(self)->dict: return dict(zip(self.names, self.options[self.widgets[0].value]))
 
@@ -378,7 +383,7 @@ class Sharding(Row):
     "The field `deepspeed`: a stage, or a file."
     def __init__(self):
         meaning = documented()['deepspeed']['meaning']
-        stage = W.Dropdown(options=list(STAGES), description='deepspeed', tooltip=meaning, style=dict(description_width=LABEL), layout=W.Layout(width='330px'))
+        stage = W.Dropdown(options=list(STAGES), description='deepspeed', tooltip=meaning, style=dict(description_width=LABEL), layout=W.Layout(width='400px'))
         self.file = W.Text(placeholder='DeepSpeed JSON', tooltip=meaning, layout=W.Layout(width='180px', display='none'))
         stage.observe(lambda _: setattr(self.file.layout, 'display', None if stage.value == 'a file' else 'none'), 'value')
         self._build(('deepspeed',), meaning, stage, self.file)
@@ -436,7 +441,7 @@ class ConfigPanel(Panel):
 
     def _make_widgets(self)->None:
         text = dict(style=dict(description_width=LABEL), layout=W.Layout(width='480px'))
-        self.source = W.ToggleButtons(options=SOURCES, value=True, description='values', tooltip='Where the form starts from', style=dict(description_width=LABEL, button_width='115px'), layout=W.Layout(width='480px'))
+        self.source = _buttons('values', SOURCES, 'Where the form starts from', value=True)
         self.path = W.Text(description='script or config.json', placeholder='finetune_lora.sh, or a run folder', tooltip='A script like the guide\'s, the config.json of a run, or a run folder', **text)
         self.load_path, self.upload = W.Button(description='Load', tooltip='Read this file', layout=W.Layout(width='80px')), W.FileUpload(accept='.sh,.json', description='Upload', tooltip='A script or a config.json from your computer', layout=W.Layout(width='120px'))
         self.name = W.Text(description='name of the run', placeholder='method and time', tooltip='The run folder is runs/<name>', **text)
@@ -454,7 +459,7 @@ class ConfigPanel(Panel):
         self.sections = list(folded.items())
         self.more = W.Accordion([W.VBox([row.box for row in rows]) for rows in folded.values()], titles=list(folded))
         self.texts = W.Accordion([self.code_view, self.script_view], titles=['as Python', 'run.sh'], selected_index=0)
-        return [W.HBox([self.path, self.load_path, self.upload]), self.rows['use_lora'].box, self.source, self.reasons, *main, title('more'), self.more, title('what it comes to'), self.summary, self.memory.box, self.notes,
+        return [W.HBox([self.path, self.load_path, self.upload]), self.rows['use_lora'].box, W.HBox([_label('values'), self.source]), self.reasons, *main, title('more'), self.more, title('what it comes to'), self.summary, self.memory.box, self.notes,
             title('the same from code'), self.texts, title('launch'), W.HBox([self.name, self.name_note]), W.HBox([self.go, self.why]), self.problems]
 
 # %% ../nbs/20_config_panel.ipynb #89fe32e1
@@ -483,29 +488,37 @@ def _rebase(self)->None: # Rows that were not changed by hand follow the base
     untouched = [row for row in self.each if row.read() == {name: before[name] for name in row.names}]
     _put(self, {name: self.base[name] for row in untouched for name in row.names})
 
-def _judge(self)->Config|None: # Fills `wrong`; None: there is no configuration with these values
-    values, self.wrong = _shown(self), {}
+def _faults(self, values:dict)->tuple[list[str],set]: # All of them; and the fields whose text is no value, in place of which the others are judged with the base's
     messages = faults(values)
-    strange = {named_fields(m)[0] for m in messages if 'expected' in m}
-    for message in messages + (faults(values | {name: self.base[name] for name in strange}) if strange else []): self.wrong.setdefault(named_fields(message)[0], message)
-    mended = values | {name: self.base[name] for name in self.wrong} # the other fields are judged all the same
+    strange = {named_fields(m)[0] for m in messages if ': expected ' in m}
+    return messages + (faults(values | {name: self.base[name] for name in strange}) if strange else []), strange
+
+def _place(self, values:dict, message:str)->str: # The field to show it beside: of those it names, the first that was changed
+    named = named_fields(message)
+    return next((name for name in named if values[name] != self.base[name]), named[0])
+
+def _judge(self)->tuple[Config|None,dict,tuple]: # None: there is no configuration with these values; what is wrong, by field; `run.sh` and notes
+    values = _shown(self)
+    messages, strange = _faults(self, values)
+    wrong = {_place(self, values, message): message for message in reversed(messages)}
+    mended = values | {name: self.base[name] for message in messages for name in named_fields(message)} # the other fields are judged all the same
     try: model, folder = look_up(values['model_name_or_path'], values['revision'])
-    except (OSError, ValueError) as e: self.wrong['model_name_or_path'] = str(e); model = folder = None
-    if faults(mended): return None
+    except (OSError, ValueError) as e: wrong['model_name_or_path'] = str(e); model = folder = None
+    if faults(mended): return None, wrong, ('', [])
     cfg = Config(**mended)
     counted = self.counts.get(stamp(cfg.data_path))
-    self.wrong |= obstacles(cfg, model, folder) | (dict(data_path=counted) if isinstance(counted, str) else {}) | self.wrong
-    if not self.wrong.keys() - set(PATHS) - strange and 'deepspeed' not in self.wrong: _try_launch(self, cfg, model, folder)
-    return None if messages else cfg
+    wrong = obstacles(cfg, model, folder) | (dict(data_path=counted) if isinstance(counted, str) else {}) | wrong
+    written = ('', []) if wrong.keys() - set(PATHS) - strange or 'deepspeed' in wrong else _try_launch(self, cfg, model, folder, wrong)
+    return None if messages else cfg, wrong, written
 
-def _try_launch(self, cfg:Config, model:dict|None, folder:Path|None)->None: # As far as it goes without reading the data
+def _try_launch(self, cfg:Config, model:dict|None, folder:Path|None, wrong:dict)->tuple[str,list]: # `run.sh` and notes, as far as it goes without reading the data; adds to `wrong`
     snapshot = folder.name if folder and not Path(cfg.model_name_or_path).expanduser().is_dir() else None
+    away = [f'{cfg.model_name_or_path} is not on this machine: launching downloads it first.'] if cfg.model_name_or_path and not folder and not wrong else []
     try: _, script, notes = preview(cfg, self.name.value.strip() or None, model, snapshot)
-    except FileExistsError as e: self.wrong['name'] = str(e)
-    except (OSError, ValueError) as e: self.wrong[next(iter(named_fields(str(e))), 'gpus')] = str(e)
-    else:
-        if not self.wrong: self.script = script
-        _list_notes(self, notes + ([] if folder else [f'{cfg.model_name_or_path} is not on this machine: launching downloads it first.'] if cfg.model_name_or_path else []))
+    except FileExistsError as e: wrong['name'] = str(e)
+    except (OSError, ValueError) as e: wrong[next(iter(named_fields(str(e))), 'gpus')] = str(e)
+    else: return '' if wrong else script, notes + away
+    return '', away
 
 def _list_notes(self, notes:list[str])->None: self.notes.value = ''.join(f'<div style="color:{GREY};line-height:1.4">• {escape(n)}</div>' for n in notes)
 
@@ -517,7 +530,8 @@ def _tell_rows(self)->None: # What stands beside them
     def hint(name, value): # How a value differs from the guide's, or should
         if name in (*PATHS, 'use_lora', 'q_lora'): return None
         told, (best, why) = getattr(guide, name), reasons.get(name, (value, ''))
-        if value != told: return f'the guide has {as_text(told) or "None"}' + (f': {why}' if why and value == best else '')
+        if value != told and value == best and why: return f'the guide has {as_text(told) or "None"}: {why}'
+        if value != told: return f'the guide has {as_text(told)}' if told is not None else None
         return f'{as_text(best)} is recommended: {why}' if why else None
     for row in self.each:
         wrong = next((self.wrong[name] for name in row.names if name in self.wrong), '')
@@ -546,17 +560,18 @@ def _refresh(self, *_)->None: # Also called by widgets, with what has changed
     with self.lock: # a thread may be at it
         if self.quiet: return
         _rebase(self)
-        self.script, self.notes.value = '', ''
-        cfg = _judge(self)
-        _ask(self, cfg)
+        cfg, wrong, (script, notes) = _judge(self)
+        _ask(self, cfg, wrong)
+        self.wrong, self.script = wrong, '' if wrong else script # at once: another thread may be reading
+        _list_notes(self, notes)
         _tell_rows(self)
         _show_results(self, cfg)
 
-def _ask(self, cfg:Config|None)->None: # For an estimate, when it would be another; what it complained of is wrong with the field it names
-    if cfg is None or 'model_name_or_path' in self.wrong: return
+def _ask(self, cfg:Config|None, wrong:dict)->None: # For an estimate, when it would be another; what it complained of is added to `wrong`, by the field it names
+    if cfg is None or 'model_name_or_path' in wrong: return
     key = (*(getattr(cfg, name) for name in OF_THE_MEMORY), stamp(cfg.data_path))
     if key == self.asked:
-        for name in named_fields(self.memory.fault)[:1]: self.wrong.setdefault(name, self.memory.fault)
+        for name in named_fields(self.memory.fault)[:1]: wrong.setdefault(name, self.memory.fault)
         return
     self.asked, self.memory.traceback = key, ''
     self.memory.say('estimating the memory …', 'busy')

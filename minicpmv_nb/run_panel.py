@@ -182,7 +182,7 @@ def look(self, redraw:bool=False)->bool: # Draw in any case -> whether the run c
         live = state in LIVE or alive(self.status) or state == 'prepared' and bool(self.status.get('slurm'))
         fresh = any([self._follower(path).read() for path in self._paths()])
         self.show_state(live); self.read_log()
-        if state != before: self.find()
+        if state != before or not live: self.find()
         if fresh or redraw or not live: self.draw()
         return live
 
@@ -227,7 +227,7 @@ def _explain(self, live:bool)->None: # Why it failed
     elif not live and not self.why.value: self.why.value = _box(_block(self.run.cause(), TONES['wrong'], 'pre-wrap'))
 
 def _block(text:str, colour:str, space:str='pre')->str: # Lines in a box that scrolls
-    return f'<pre style="white-space:{space};overflow-wrap:anywhere;line-height:1.3;margin:0;padding:4px 8px;border-left:3px solid {colour}">{escape(text)}</pre>'
+    return f'<pre style="flex:none;overflow:visible;white-space:{space};overflow-wrap:anywhere;line-height:1.3;margin:0;padding:4px 8px;border-left:3px solid {colour}">{escape(text)}</pre>'
 
 def _box(block:str, direction:str='column')->str: # `column-reverse` starts at the end
     return f'<div style="max-height:260px;max-width:810px;overflow:auto;display:flex;flex-direction:{direction}">{block}</div>'

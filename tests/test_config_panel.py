@@ -1,14 +1,13 @@
 "The form says what the configuration says, refuses what launch refuses, and starts a run."
-import json, re, shlex, time
+import json, threading
 from dataclasses import replace
-from pathlib import Path
+from datetime import datetime, timezone
 
 import pytest
 
 from support import SCRIPTS, entry, write_data
-from minicpmv_nb import config_panel
 from minicpmv_nb.config import NAMES, _rules, Config, better_values, documented, faults, from_script, full, lora, named_fields, qlora, save_config
-from minicpmv_nb.config_panel import PRESETS, ConfigPanel, Later, MemoryPanel, as_code, count_steps, look_up, make_rows, preview, read_settings
+from minicpmv_nb.config_panel import PRESETS, ConfigPanel, Later, MemoryPanel, as_code, count_steps, make_rows, read_settings
 from minicpmv_nb.diagnosis import Machine
 from minicpmv_nb.jobs import launch
 
@@ -20,7 +19,9 @@ KINDS = [lora('m', 'd.json'), qlora('m', 'd.json', 'e.json', lora_r=8), full('m'
 @pytest.fixture
 def panel(tiny, drawn):
     "A form that could launch two steps on the CPU."
-    return ConfigPanel(lora(str(tiny), str(drawn), **SMALL), machine=Machine(), delay=0)
+    form = ConfigPanel(lora(str(tiny), str(drawn), **SMALL), machine=Machine(), delay=0)
+    yield form
+    form.later.join() # a thread that is at work in torch when Python ends takes it down
 
 def executed(code):
     "The configuration that the shown code makes, and the name it launches with."
@@ -51,7 +52,7 @@ def test_code_has_only_what_differs(panel):
 def test_every_field_has_a_row_with_its_own_comment():
     rows = make_rows()
     assert tuple(rows) == NAMES == tuple(documented())
-    for name, row in rows.items(): assert documented()[name]['meaning'] in row.widgets[0].tooltip and row.widgets[0].description
+    for name, row in rows.items(): assert documented()[name]['meaning'] in row.widgets[0].tooltip and (row.widgets[0].description or 'method' in row.box.children[0].value)
 
 def test_every_row_is_in_the_form_once(panel):
     def leaves(w): return [w] if not getattr(w, 'children', ()) else [x for c in w.children for x in leaves(c)]
@@ -103,7 +104,7 @@ def test_unknown_names_and_impossible_pairs(panel):
 
 @pytest.mark.parametrize('name, text, said', [('learning_rate', '1e-', "learning_rate is '1e-': expected float."), ('lora_r', '0', 'lora_r is 0: it must be positive.'), ('lora_r', '', 'lora_r is None: expected int.'),
     ('max_steps', '1.5', "max_steps is '1.5': expected int."), ('weight_decay', 'nan', 'weight_decay is nan: it must be a finite number.'), ('data_path', 'gone.json', 'There is no file gone.json.'), ('lr_scheduler_type', 'cosin', 'Did you mean cosine?'),
-    ('model_name_or_path', './gone', 'There is no folder gone.'), ('lora_target_modules', 'llm(', 'lora_target_modules is no regular expression'), ('gpus', '2', None), ('llm_type', 'llama3', "whose llm_type is 'qwen'"), ('warmup_ratio', '3', 'warmup_ratio is 3.0')])
+    ('model_name_or_path', './gone', 'There is no folder gone.'), ('lora_target_modules', 'llm(', 'lora_target_modules is no regular expression'), ('gpus', '2', None), ('llm_type', 'qwen', "whose llm_type is 'llama3'"), ('warmup_ratio', '3', 'warmup_ratio is 3.0')])
 def test_beside_the_field_while_typing(panel, name, text, said):
     assert not panel.go.disabled and panel.wrong == {}
     typed(panel, name, text)
@@ -116,7 +117,7 @@ def test_beside_the_field_while_typing(panel, name, text, said):
 
 def test_two_wrong_fields_are_both_told(panel):
     typed(panel, 'learning_rate', '1e-'); typed(panel, 'data_path', 'gone.json'); panel.set(tune_llm=True)
-    assert set(panel.wrong) == {'learning_rate', 'data_path', 'use_lora'} and '2 more' in panel.why.value
+    assert set(panel.wrong) == {'learning_rate', 'data_path', 'tune_llm'} and '2 more' in panel.why.value
     with pytest.raises(ValueError, match='learning_rate'): panel.config
     assert panel.values()['learning_rate'] == '1e-' and panel.code == ''
 
@@ -171,12 +172,13 @@ def test_typing_is_not_estimated(panel, monkeypatch):
     panel.later.join()
     assert asked == [128]
 
-def test_a_failed_request_does_not_end_later():
-    seen = []
-    def work(x): seen.append(x); assert x, 'refused'
-    later = Later(work, 0)
-    with pytest.warns(pytest.PytestUnhandledThreadExceptionWarning): later.ask(0); later.join(); time.sleep(.1); later.ask(1); later.join(); pytest.importorskip('gc').collect()
-    assert seen == [0, 1]
+def test_a_failed_request_does_not_end_later(monkeypatch):
+    failed, seen = [], []
+    monkeypatch.setattr(threading, 'excepthook', failed.append)
+    later = Later(lambda x: seen.append(1/x), 0)
+    later.ask(0); later.join()
+    later.ask(1); later.join()
+    assert seen == [1] and [f.exc_type for f in failed] == [ZeroDivisionError]
 
 def test_a_model_of_a_hub_is_not_downloaded(monkeypatch):
     monkeypatch.setattr('huggingface_hub.snapshot_download', lambda *a, **kw: pytest.fail('downloads'))
@@ -197,7 +199,7 @@ def test_script_of_the_guide(panel, file):
 def test_uploaded(panel, tmp_path):
     save_config(lora('m', 'd', lora_r=3), tmp_path/'config.json', versions={})
     content = (tmp_path/'config.json').read_bytes()
-    panel.upload.value = (dict(name='../config.json', type='', size=len(content), content=memoryview(content), last_modified=0),)
+    panel.upload.value = (dict(name='../config.json', type='', size=len(content), content=memoryview(content), last_modified=datetime.now(timezone.utc)),)
     assert panel.config == lora('m', 'd', lora_r=3) and panel.said.startswith('config.json was read: lora. It differs from the preset in: lora_r=3.')
 
 def test_what_cannot_be_loaded_is_told_and_changes_nothing(panel, tiny):

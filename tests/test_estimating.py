@@ -1,11 +1,11 @@
 "What `estimate` says against what real runs hold."
-import json
+import json, os, subprocess, sys
 from dataclasses import replace
 
 import pytest
 
 from forked import fork_ranks
-from support import ANSWERS, QUESTION, draw_data
+from support import ANSWERS, QUESTION, TESTS, draw_data
 
 METHODS = ('lora', 'qlora', 'full')
 MODES = [(0, 'none'), (2, 'none'), (3, 'none'), (2, 'optimizer'), (3, 'optimizer'), (3, 'all')] # stage of ZeRO, and what is offloaded
@@ -78,3 +78,12 @@ def test_every_family_can_be_estimated(family, tmp_path):
     assert 0 < e.total < .5 and 'the heaviest of the 4 samples' in str(e) and str(e.work.tokens).isdigit()
     activations = [r for r in e.rows if 'backward' in r['part']]
     assert all(r['training'] > 0 for r in activations)
+
+@pytest.mark.slow
+def test_the_benchmark_at_toy_size(tmp_path):
+    said = subprocess.run([sys.executable, TESTS.parent/'benchmarks'/'gpu_modes.py', *'--scale tiny --gpus 2 --steps 2 --modes qlora-zero2-offload --work'.split(), tmp_path/'work', '--out', tmp_path/'results'],
+        env=os.environ | dict(CUDA_VISIBLE_DEVICES=''), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert said.returncode == 0, said.stdout[-4000:]
+    row = json.loads((tmp_path/'results'/'cpu-tiny.json').read_text())['rows'][0]
+    assert abs(row['difference']) < .03 and row['seconds_per_step'] > 0 and len(row['losses']) == 2
+    assert '| qlora-zero2-offload | 2 |' in (tmp_path/'results'/'cpu-tiny.md').read_text()

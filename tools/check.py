@@ -82,7 +82,15 @@ def nbtest()->None:
     status, said = run_limited([sys.executable, '-c', code], TIME_LIMIT)
     if status: fail(f'nbdev_test (exit {status}, limit {TIME_LIMIT} s)', 'make export if a module is out of date, else see the cell above')
     # nbdev_test exits 0 when it found nothing to test, too.
-    if untested := [str(p) for p in notebooks() if f'{p.name}: ' not in said]: fail('not tested: ' + ', '.join(untested), 'remove .notest')
+    untested = [p for p in notebooks() if f'{p.name}: ' not in said]
+    if missed := sorted({str(p) for p in untested} - run_by_pytest()):
+        fail('not tested: ' + ', '.join(missed), 'remove .notest from its folder, or let tests/test_tutorials.py run the page')
+
+def run_by_pytest()->set[str]:
+    "The pages in folders with .notest that tests/test_tutorials.py runs, relative to nbs: they train, which nbdev_test would pay for at every `make test`."
+    found = run('-m', 'pytest', '-q', '--collect-only', '-m', '', 'tests/test_tutorials.py', capture_output=True, text=True)
+    pages = re.findall(r'::test_page_runs\[(.+\.ipynb)\]', found.stdout)
+    return {page for page in pages if (NBS/page).with_name('.notest').exists()}
 
 def pytest()->None:
     "tests/ pass"
