@@ -9,8 +9,9 @@ logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)
 
 # Where each public name lives; it is imported when it is first used.
 _HOMES = dict(
-    config='Config lora qlora full recommended from_script', samples='Sample check DataError', prompts='Processor', model='load save tiny_checkpoint', batches='load_data',
-    tuning='add_adapter part_table', quantizing='quantize', training='train', plots='plot_run plot_dashboard compare_runs', jobs='launch Run RunFailed find_runs', merging='merge', chat='Chat answer_file exact_match', estimating='estimate', diagnosis='doctor', answer_panels='MergePanel ChatPanel', data_panel='DataPanel AnnotatePanel', run_panel='RunPanel', errors='short_errors', config_panel='ConfigPanel')
+    config='Config lora qlora full recommended from_script', samples='Sample check DataError', prompts='Processor', model='load save tiny_checkpoint', batches='load_data', tuning='add_adapter part_table',
+    quantizing='quantize', training='train', plots='plot_run plot_dashboard compare_runs', jobs='launch Run RunFailed find_runs', merging='merge', chat='Chat answer_file exact_match', estimating='estimate', diagnosis='doctor',
+    data_panel='DataPanel AnnotatePanel', config_panel='ConfigPanel', run_panel='RunPanel', answer_panels='MergePanel ChatPanel', workbench='Workbench', errors='short_errors')
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = sorted(_HOME)
 

@@ -52,7 +52,7 @@ class RunsPanel(Panel):
         self.runs, self.target, self.filled = Path(runs), target, {}
         self.found = input_of(W.Dropdown, 'found', f'What lies below {runs}, the newest first', width='76%')
         self.again = W.Button(description='Look again', tooltip='Search the folder of runs once more', icon='refresh')
-        self.again.on_click(lambda _: self.attempt(self.refresh))
+        self.again.on_click(lambda _: self.turn(self.refresh))
         self.found.observe(lambda _: self.choose(), 'value')
         self.refresh()
         super().__init__(W.HBox([self.found, self.again]), target, *children)
@@ -104,8 +104,8 @@ class MergePanel(RunsPanel):
         self.attempt(self.look)
 
     def _connect(self)->None:
-        self.adapter.observe(lambda _: self.attempt(self.suggest), 'value')
-        for box in (self.base, self.out): box.observe(lambda _: self.attempt(self.look), 'value')
+        self.adapter.observe(lambda _: self.turn(self.suggest), 'value')
+        for box in (self.base, self.out): box.observe(lambda _: self.turn(self.look), 'value')
         self.go.on_click(lambda _: self.start(self.work, self.go, self.adapter, self.base, self.out, self.check, self.found))
         self.stop.on_click(lambda _: self.end())
 
@@ -534,10 +534,10 @@ class ChatPanel(_ChatFile):
     def _connect(self)->None:
         changes = ((self.tuned, self.suggest), (self.base, self.forget), (self.compare, self.compared), (self.path, self.pick), (self.files, self.show_pictures),
             (self.upload, self.take_upload), (self.entry, self.show_entry))
-        for box, work in changes: box.observe(lambda _, work=work: self.attempt(work), 'value')
+        for box, work in changes: box.observe(lambda _, work=work: self.turn(work), 'value')
         for button, work in ((self.go, self.ask), (self.examine_all, self.examine), (self.open, self.open_data)): button.on_click(lambda _, work=work: self.run(work))
-        for button, work in ((self.anew, self.new), (self.release, self.free), (self.clear, self.no_picture), (self.stop, self.end)): button.on_click(lambda _, work=work: self.attempt(work))
-        for button, by in ((self.back, -1), (self.next, 1)): button.on_click(lambda _, by=by: self.attempt(self.step, by))
+        for button, work in ((self.anew, self.new), (self.release, self.free), (self.clear, self.no_picture), (self.stop, self.end)): button.on_click(lambda _, work=work: self.turn(work))
+        for button, by in ((self.back, -1), (self.next, 1)): button.on_click(lambda _, by=by: self.turn(self.step, by))
 
     def run(self, work)->None: # A method
         "Do work in a thread; the stop button can end it."

@@ -186,9 +186,10 @@ def plot_estimate(
     ax = fig.subplots()
     ax.barh([part for part, _ in rows], [v for _, v in rows], color=['#9BB8D3']*(len(rows)-1) + ['#0072B2'], height=.7)
     for i, (_, v) in enumerate(rows): ax.text(v, i, f' {_gb(v)}', va='center', fontsize=8)
-    if gb: ax.axvline(gb, color='black', lw=1, ls='--'); ax.text(gb, -.6, f'the GPU: {gb:.0f} GB ', ha='right', va='bottom', fontsize=8)
+    if gb: ax.axvline(gb, color='black', lw=1, ls='--')
     ax.set_xlim(0, 1.13*max(e.total, gb or 0)); ax.invert_yaxis(); ax.set_xticks([]); ax.tick_params(labelsize=8, length=0); ax.spines[['top', 'right', 'bottom']].set_visible(False)
-    ax.set_title(f'GB on {f"each of {e.gpus} GPUs" if e.gpus > 1 else "the GPU"}: {e.moments[moment]}', fontsize=9, loc='left')
+    where = f'each of {e.gpus} GPUs' if e.gpus > 1 else 'the GPU'
+    fig.suptitle(f'GB on {where}, {e.moments[moment]}' + (f'; dashed: its {gb:.0f} GB' if gb else ''), fontsize=9, x=.01, ha='left')
     return fig
 
 def _gb(v:float)->str: return f'{v:.1f}' if v >= 1 else f'{v:.2g}' # Two digits that count
@@ -273,6 +274,7 @@ class Later:
         "Request the work."
         with self.changed:
             self.asked, self.due = args, time.monotonic()+self.delay
+            self.changed.notify_all()
             if self.thread is None: self.thread = threading.Thread(target=self._serve, daemon=True); self.thread.start()
 
     def _serve(self)->None:
@@ -428,7 +430,7 @@ class ConfigPanel(Panel):
         delay:float=0.7, # Seconds without a change before the memory is estimated
     ):
         self.rows, self.lock, self.quiet, self.wrong, self.run, self.on_launch, self.counts, self.asked = make_rows(), threading.RLock(), False, {}, None, [], {}, None
-        self.code, self.script, self.launching = '', '', False
+        self.code, self.script, self.steps, self.launching = '', '', '', False
         self.memory = MemoryPanel(machine)
         self.later = Later(lambda *asked: _slowly(self, *asked), delay)
         self._make_widgets()
@@ -542,16 +544,15 @@ def _tell_rows(self)->None: # What stands beside them
     self.reasons.value = _details(f'{len(better)} values that are recommended instead of the guide\'s, and why', f'<table><tr><th>field</th><th>guide</th><th>recommended</th><th>why</th></tr>{lines}</table>')
 
 def _show_results(self, cfg:Config|None)->None: # Code, script, steps, and the button
-    text = lambda t: f'<pre style="white-space:pre-wrap;line-height:1.35;margin:0">{escape(t or "It appears when nothing is wrong above.")}</pre>'
+    text = lambda t: f'<pre style="white-space:pre-wrap;line-height:1.35;margin:0;max-height:360px;overflow:auto">{escape(t or "It appears when nothing is wrong above.")}</pre>'
     self.code = as_code(cfg, self.name.value.strip() or None) if cfg else ''
     self.code_view.value, self.script_view.value = text(self.code), text(self.script)
     count = self.counts.get(stamp(cfg.data_path)) if cfg else None
-    self.summary.value = _plain(batch_line(replace(cfg, gpus=_processes(self, cfg), use_cpu=cfg.use_cpu or not self.memory.machine.gpus), count if isinstance(count, int) else None)) if cfg else ''
+    self.steps = batch_line(replace(cfg, gpus=_processes(self, cfg), use_cpu=cfg.use_cpu or not self.memory.machine.gpus), count if isinstance(count, int) else None) if cfg else ''
+    self.summary.value = f'<div style="line-height:1.4">{escape(self.steps)}</div>'
     rests = '' if not self.wrong else f'It rests: {next(iter(self.wrong.values()))}' + (f' ({len(self.wrong)-1} more above)' if len(self.wrong) > 1 else '')
     self.go.disabled = bool(self.wrong) or self.launching
     self.why.value = f'<span role="status" style="color:{TONES["wrong"]};line-height:1.35;margin-left:8px;white-space:normal">{"✗ " if rests else ""}{escape(rests)}</span>'
-
-def _plain(text:str)->str: return f'<div style="line-height:1.4">{escape(text)}</div>'
 
 def _processes(self, cfg:Config)->int: return cfg.gpus or (0 if cfg.use_cpu else len(self.memory.machine.gpus)) or 1 # On each machine
 

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['PICTURES', 'NO_MODEL', 'NOTES', 'find_data', 'find_checkpoints', 'find_albums', 'kind_of', 'plain', 'problem_table',
            'jpeg', 'figure', 'whole_html', 'pieces_html', 'talk_html', 'costs_line', 'sample_html', 'entry_html',
-           'Checked', 'check_file', 'counts', 'counts_html', 'told', 'OneByOne', 'DataPanel', 'chosen', 'read_guide',
-           'image_of', 'rounds_of', 'with_rounds', 'Album', 'missing', 'open_after', 'add_picture', 'small',
-           'AnnotatePanel']
+           'Checked', 'check_file', 'counts', 'counts_html', 'told', 'DataPanel', 'chosen', 'read_guide', 'image_of',
+           'rounds_of', 'with_rounds', 'Album', 'missing', 'open_after', 'add_picture', 'small', 'AnnotatePanel']
 
 # %% ../nbs/19_data_panel.ipynb #5360f96c
 import hashlib, json, os, re, threading, time
@@ -277,21 +276,10 @@ def told(
     try: yield
     finally: done.set(); watcher.join()
 
-# %% ../nbs/19_data_panel.ipynb #877f7cd4
-class OneByOne(Panel):
-    "A panel whose callbacks never run at the same time."
-    def __init__(self, *children:W.Widget): # As in `Panel`
-        self.lock = threading.RLock()
-        super().__init__(*children)
-
-    def turn(self, work, *args): # A function and its arguments
-        "Call a function when no other is at work; an error becomes the line."
-        with self.lock: return self.attempt(work, *args)
-
 # %% ../nbs/19_data_panel.ipynb #3e98b47e
 _WIDE = dict(description_width='initial')
 
-class _DataForm(OneByOne): # The widgets of a DataPanel
+class _DataForm(Panel): # The widgets of a DataPanel
     def __init__(self,
         path:str='', # A data file in the guide's format
         model:str='', # A checkpoint folder; empty: no slices and tokens
@@ -623,7 +611,7 @@ def small(
     "A small version of a picture, made once."
     return _small(str(file), _stamp(file), side)
 
-class _AlbumForm(OneByOne): # The widgets of an AnnotatePanel
+class _AlbumForm(Panel): # The widgets of an AnnotatePanel
     def __init__(self,
         folder:str='', # Where the pictures are; empty: chosen later
     ):

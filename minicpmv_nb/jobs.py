@@ -102,7 +102,7 @@ def _environment(cfg:Config)->dict[str,str]: # What the workers need to find
     nccl = {k: '1' for k, on in dict(NCCL_P2P_DISABLE=cfg.nccl_p2p_disable, NCCL_IB_DISABLE=cfg.nccl_ib_disable).items() if on}
     cpu = dict(DS_ACCELERATOR='cpu', CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS=str(max((os.cpu_count() or 1)//cfg.gpus, 1))) if cfg.use_cpu else {}
     gloo = dict(GLOO_SOCKET_IFNAME=name) if cfg.use_cpu and cfg.nnodes > 1 and cfg.master_addr != 'localhost' and (name := interface(cfg.master_addr)) else {}
-    chosen = {k: os.environ[k] for k in ('GLOO_SOCKET_IFNAME', 'NCCL_SOCKET_IFNAME') if k in os.environ}
+    chosen = {k: os.environ[k] for k in ('GLOO_SOCKET_IFNAME', 'NCCL_SOCKET_IFNAME', 'OMP_NUM_THREADS') if k in os.environ}
     tools = dict(PATH=f'{Path(sys.executable).parent}{os.pathsep}' + os.environ.get('PATH', '')) # DeepSpeed compiles with the ninja of this environment
     patience = dict(TORCH_ELASTIC_SHUTDOWN_TIMEOUT=str(PATIENCE)) # what torchrun gives the ranks to save, before it kills them
     compiled = dict(TORCH_EXTENSIONS_DIR=os.environ.get('TORCH_EXTENSIONS_DIR', str(_extensions())))
@@ -292,6 +292,16 @@ def _alone(log:str, run:Run)->str|None: # Machines that did not come
 def _join_timeout(run:Run)->int: # As `launch` was told
     return json.loads(run.file('config.json').read_text(encoding='utf-8')).get('join_timeout', 600)
 
+def _family(pid:int)->list: # A process and all below it; none of one that has just ended
+    import psutil
+    try: return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess: return []
+
+def _unless_gone(action)->None: # A signal for a process that may have ended meanwhile
+    import psutil
+    try: action()
+    except psutil.NoSuchProcess: pass
+
 def stop(self,
     timeout:float=PATIENCE+10, # Seconds to end politely
 )->'Run':
@@ -301,10 +311,10 @@ def stop(self,
     if s['state'] not in LIVE: return self
     if s.get('slurm'): raise ValueError(f'{self.folder.name} runs under Slurm: end it with scancel.')
     _note(self, 'stopped')
-    processes = [psutil.Process(s['pid'])] + psutil.Process(s['pid']).children(recursive=True)
-    processes[0].terminate() # run.sh passes it on to torchrun, torchrun to the ranks
+    processes = _family(s['pid'])
+    for p in processes[:1]: _unless_gone(p.terminate) # run.sh passes it on to torchrun, torchrun to the ranks
     _, left = psutil.wait_procs(processes, timeout)
-    for p in left: p.kill()
+    for p in left: _unless_gone(p.kill)
     psutil.wait_procs(left, 5)
     _note(self, 'stopped')
     return self

@@ -17,7 +17,7 @@ TONES = dict(note='#555555', busy='#0072B2', done='#1b7837', wrong='#b2182b')
 class Panel:
     "A box of widgets, a line that says what happened, and work that does not block the notebook."
     def __init__(self, *children:W.Widget): # Shown from top to bottom, above the line
-        self.message, self.traceback, self.thread = W.HTML(), '', None
+        self.message, self.traceback, self.thread, self.lock = W.HTML(), '', None, threading.RLock()
         self.box = W.VBox([*children, self.message])
 
     def values(self)->dict: # Plain data
@@ -29,7 +29,7 @@ class Panel:
     def say(self, text:str, tone:str='note')->None: # A key of TONES
         "Replace the line."
         self.said = text
-        self.message.value = f'<span role="status" style="color:{TONES[tone]};white-space:pre-wrap">{escape(text)}</span>' if text else ''
+        self.message.value = f'<span role="status" style="color:{TONES[tone]};white-space:pre-wrap;line-height:1.4">{escape(text)}</span>' if text else ''
 
     def attempt(self, work, *args): # A function and its arguments -> what it returns, or None
         "Call a function; what it raises becomes the line. The sentence is for the reader, the traceback for `panel.traceback` and the log."
@@ -38,6 +38,10 @@ class Panel:
             self.traceback = traceback.format_exc()
             logging.getLogger(__name__).debug(self.traceback)
             self.say(str(e) or type(e).__name__, 'wrong')
+
+    def turn(self, work, *args): # A function and its arguments
+        "The same when no other `turn` is at work: JupyterLab hands what comes from the browser to two threads of the kernel."
+        with self.lock: return self.attempt(work, *args)
 
     def start(self, work, *buttons:W.Button)->None: # A function without arguments; buttons that rest meanwhile
         "Do work in a thread, one at a time."

@@ -71,7 +71,7 @@ class RunPanel(Panel):
     ):
         self.folder, self.pause, self.run, self.status = Path(folder), pause, None, dict(state='')
         self.followers, self.figure, self.asked, self.watcher = {}, None, None, None
-        self.over, self.lock = threading.Event(), threading.RLock()
+        self.over = threading.Event()
         above, below = [*_choice(self), *_display(self)], [*_drawing(self), _folded(self)]
         super().__init__(*above, *below)
         self.box.children = [*above, self.message, *below] # the line belongs to the buttons

@@ -271,7 +271,7 @@ def _save(self, output_dir=None, state_dict=None):
     out, model = Path(output_dir), self.accelerator.unwrap_model(self.model)
     state = model.state_dict() if state_dict is None else state_dict
     if hasattr(model, 'peft_config'): _save_adapter(model, _with_fixed(model, state, self.base), out, self.notes)
-    else: _save_full({n: t.cpu() for n, t in state.items()}, self.base, out, self.notes['max_slice_nums'])
+    else: _save_full({n: _alone(t.cpu()) for n, t in state.items()}, self.base, out, self.notes['max_slice_nums'])
 
 FineTuner._get_output_dir, FineTuner._save_checkpoint, FineTuner._put_in_place, FineTuner._save = _get_output_dir, _save_checkpoint, _put_in_place, _save
 FineTuner._determine_best_metric = _determine_best_metric
@@ -306,6 +306,9 @@ def _save_adapter(model, state:dict, out:Path, notes:dict)->None: # Write and co
     wrong = sorted(want.keys() ^ have.keys()) or [n for n in want if not torch.equal(want[n].cpu(), have[n])]
     if wrong: raise OSError(f'{out} does not hold what was written: {", ".join(wrong[:3])}. Check the disk.')
     write_json(out/NOTES, notes)
+
+def _alone(t:torch.Tensor)->torch.Tensor: # On a CPU, a single process under ZeRO-3 has all weights in one block, of which no piece can be saved
+    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
 
 def _save_full(state:dict, base:Path, out:Path, max_slices:int)->None: # Write and compare
     write_checkpoint(state, base, out, max_slices=max_slices)

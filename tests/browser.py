@@ -45,15 +45,18 @@ def _until_up(address, server, log, seconds=90):
     raise TimeoutError(log.read_text()[-3000:])
 
 @contextmanager
-def browser(width=1100, height=1000):
-    "A page of a headless browser."
+def browser(folder, width=1100, height=1000):
+    "A page of a headless browser. What it shows when something fails is kept in `folder`."
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
         program = p.chromium.launch(executable_path=chromium(), args=['--no-sandbox', *QUIET])
         try:
             page = program.new_page(viewport=dict(width=width, height=height))
             page.set_default_timeout(60_000)
-            yield page
+            try: yield page
+            except BaseException:
+                page.screenshot(path=Path(folder)/'failed.png')
+                raise
         finally: program.close()
 
 def open_notebook(page, address):

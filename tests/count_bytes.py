@@ -36,5 +36,3 @@ def make_trainer(cfg):
     trainer.add_callback(Count())
     return trainer
 training.make_trainer = make_trainer
-
-if __name__ == '__main__': training.main()

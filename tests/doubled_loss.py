@@ -3,4 +3,3 @@ from minicpmv_nb import training
 
 straight = training.FineTuner.compute_loss
 training.FineTuner.compute_loss = lambda *args, **kwargs: 2*straight(*args, **kwargs)
-if __name__ == '__main__': training.main()

@@ -26,6 +26,11 @@ def _rank(work, number, ranks, port, log, args):
     os.environ |= ENVIRONMENT | dict(PATH=path, TORCH_EXTENSIONS_DIR=str(_extensions())) | {k: str(v) for k, v in place.items()}
     work(*args)
 
+def train(argv):
+    "What most ranks do: `minicpmv_nb.training` with these flags."
+    from minicpmv_nb import training
+    training.main(argv)
+
 def fork_ranks(work, ranks, log, *args):
     "Call `work(*args)` on every rank; all must end well. What they print goes into the file `log`."
     clear_locks(_extensions()) # of compilers that were killed

@@ -94,7 +94,7 @@ def watch_and_stop(c):
 @pytest.mark.slow
 def test_from_pictures_to_an_answer(folder):
     shots = Path(os.environ.get('SHOTS', folder)).absolute()
-    with lab(folder) as address, browser() as page:
+    with lab(folder) as address, browser(shots) as page:
         open_notebook(page, address('bench.ipynb'))
         run_all(page)
         c = Clicks(page, shots)

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from minicpmv_nb.config import read_metrics
 from minicpmv_nb.model import tiny_checkpoint
-from support import ANSWERS, QUESTION, TESTS, draw_mixed, flags, run_ranks
+from forked import fork_ranks, train
+from support import ANSWERS, QUESTION, draw_mixed, flags
 
 STEPS = 3
 SPREADS = {'batch 4': (1, 4, 1), '1 x 4': (1, 1, 4), '2 ranks x 2': (2, 2, 1)}  # ranks, batch, accumulation
@@ -31,12 +32,12 @@ def few_pictures(tmp_path_factory):
 def run(tiny, drawn, few_pictures, tmp_path_factory):
     "Train once per cell; gives losses, gradient norms and the final weights of the adapter. `family`: another one, on samples of which few show pictures."
     @cache
-    def cell(spread, stage, script=('-m', 'minicpmv_nb.training'), family=None):
+    def cell(spread, stage, work=train, family=None):
         base, data = (tiny_checkpoint(tmp_path_factory.mktemp('base'), [QUESTION, *ANSWERS], family), few_pictures) if family else (tiny, drawn)
         out, (ranks, batch, accumulation) = tmp_path_factory.mktemp('run'), SPREADS[spread]
         more = dict(deepspeed=f'ds_config_zero{stage}.json') if stage else {}
-        run_ranks(flags(model_name_or_path=base, data_path=data, output_dir=out, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
-            **SETTINGS, **more), ranks, script)
+        fork_ranks(work, ranks, out.with_suffix('.log'), flags(model_name_or_path=base, data_path=data, output_dir=out, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
+            **SETTINGS, **more))
         steps = [m for m in read_metrics(out) if 'loss' in m]
         return [m['loss'] for m in steps], [m['grad_norm'] for m in steps], load_file(out/'final'/'adapter_model.safetensors')
     return cell
@@ -67,6 +68,10 @@ def test_the_run_learns(run):
     assert len(losses) == STEPS and losses[-1] < losses[0] and min(norms) > 0.1
     assert all(w.abs().max() > 0 for n, w in weights.items() if 'lora_B' in n)
 
+def train_doubled(argv):
+    import doubled_loss
+    doubled_loss.training.main(argv)
+
 def test_a_doubled_loss_is_noticed(run):
-    found = gaps(run(*REFERENCE, (str(TESTS/'doubled_loss.py'),)), run(*REFERENCE))
+    found = gaps(run(*REFERENCE, train_doubled), run(*REFERENCE))
     assert all(gap > 1e-3 for gap in found.values()), found

@@ -28,9 +28,9 @@ SHARDINGS = {'plain': {}, 'ZeRO-2': dict(deepspeed='ds_config_zero2.json'), 'ZeR
 RANKS, FAMILIES = (1, 2), ('2.5', '2.6')
 CELLS = list(product(METHODS, SHARDINGS, RANKS, FAMILIES))
 # Ten cells can hold ten of the twelve pairs of method and sharding. The two left out, LoRA without DeepSpeed and under ZeRO-2, are trained all over these tests.
-# One of the ranks and families that cover all other pairs, found by trying all.
-TEN = [('lora', 'ZeRO-3', 1, '2.5'), ('lora', 'offload', 2, '2.6'), ('qlora', 'plain', 1, '2.5'), ('qlora', 'ZeRO-2', 1, '2.5'), ('qlora', 'ZeRO-3', 1, '2.6'), ('qlora', 'offload', 2, '2.5'),
-    ('full', 'plain', 2, '2.6'), ('full', 'ZeRO-2', 2, '2.6'), ('full', 'ZeRO-3', 2, '2.5'), ('full', 'offload', 1, '2.6')]
+# Their ranks and families cover all other pairs; found by trying all 4^10, and taking one with five of each. Full training under ZeRO-3 by one process had a fault of its own.
+TEN = [('lora', 'ZeRO-3', 1, '2.5'), ('lora', 'offload', 2, '2.6'), ('qlora', 'plain', 1, '2.5'), ('qlora', 'ZeRO-2', 1, '2.5'), ('qlora', 'ZeRO-3', 2, '2.5'), ('qlora', 'offload', 1, '2.6'),
+    ('full', 'plain', 2, '2.6'), ('full', 'ZeRO-2', 2, '2.6'), ('full', 'ZeRO-3', 1, '2.6'), ('full', 'offload', 2, '2.5')]
 SETTINGS = dict(max_steps=3, save_steps=2, gradient_accumulation_steps=2, learning_rate=1e-3, lora_dropout=0.05, use_cpu='true', dataloader_num_workers=0)
 
 

@@ -16,7 +16,8 @@ from minicpmv_nb.model import adapter_notes, load, save, tiny_checkpoint
 from minicpmv_nb.quantizing import STATE, check_types, load_quantized, packed_tower, quantize, quantized_layers
 from minicpmv_nb.training import prepare_model
 from minicpmv_nb.tuning import add_adapter, part_table
-from support import ANSWERS, QUESTION, draw_mixed, flags, run_ranks
+from forked import fork_ranks, train
+from support import ANSWERS, QUESTION, draw_mixed, flags
 
 CPU = dict(use_cpu=True, fp16=False, deepspeed=None, report_to='none', dataloader_num_workers=0, gradient_accumulation_steps=1)
 
@@ -149,7 +150,7 @@ SETTINGS = dict(use_cpu='true', use_lora='true', q_lora='true', tune_vision='fal
 def run(bases, int4, mixed, tmp_path_factory):
     def steps(ranks, batch, base=None, **more):
         out = tmp_path_factory.mktemp('run')
-        run_ranks(flags(model_name_or_path=base or bases['2.6'], data_path=mixed, output_dir=out, per_device_train_batch_size=batch, **SETTINGS | more), ranks)
+        fork_ranks(train, ranks, out.with_suffix('.log'), flags(model_name_or_path=base or bases['2.6'], data_path=mixed, output_dir=out, per_device_train_batch_size=batch, **SETTINGS | more))
         return [(m['loss'], m['grad_norm']) for m in read_metrics(out) if 'loss' in m], load_file(out/'final'/'adapter_model.safetensors'), out/'final'
     return steps
 
