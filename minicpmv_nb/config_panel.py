@@ -9,13 +9,14 @@ __all__ = ['PRESETS', 'ROOM', 'OF_THE_BATCH', 'OF_THE_MEMORY', 'LABEL', 'GREY', 
            'Later', 'as_text', 'from_text', 'Row', 'Choice', 'Sharding', 'make_rows', 'ConfigPanel']
 
 # %% ../nbs/20_config_panel.ipynb #10aa2e1c
-import json, math, re, shlex, tempfile, threading, time
+import atexit, json, math, re, shlex, tempfile, threading, time
 from contextlib import redirect_stdout
 from dataclasses import replace
 from html import escape
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import get_args
+from weakref import WeakSet
 
 import ipywidgets as W
 from transformers import SchedulerType
@@ -189,7 +190,7 @@ def plot_estimate(
     if gb: ax.axvline(gb, color='black', lw=1, ls='--')
     ax.set_xlim(0, 1.13*max(e.total, gb or 0)); ax.invert_yaxis(); ax.set_xticks([]); ax.tick_params(labelsize=8, length=0); ax.spines[['top', 'right', 'bottom']].set_visible(False)
     where = f'each of {e.gpus} GPUs' if e.gpus > 1 else 'the GPU'
-    fig.suptitle(f'GB on {where}, {e.moments[moment]}' + (f'; dashed: its {gb:.0f} GB' if gb else ''), fontsize=9, x=.01, ha='left')
+    fig.suptitle(f'GB on {where}, {e.moments[moment]}' + (f'; dashed: its size, {gb:.0f} GB' if gb else ''), fontsize=9, x=.01, ha='left')
     return fig
 
 def _gb(v:float)->str: return f'{v:.1f}' if v >= 1 else f'{v:.2g}' # Two digits that count
@@ -265,10 +266,13 @@ def _picture(e:Estimate|None, machine:Machine)->str: # HTML
 def _details(title:str, html:str)->str: return f'<details><summary style="cursor:pointer">{escape(title)}</summary>{html}</details>' # Folded
 
 # %% ../nbs/20_config_panel.ipynb #5ed93813
+_AT_WORK = WeakSet() # All that may have a thread
+
 class Later:
     "Work in a thread, some time after it was last asked for. Only the newest request is served."
     def __init__(self, work, delay:float=0.7): # A function that raises nothing; seconds without a new request
         self.work, self.delay, self.asked, self.due, self.thread, self.changed = work, delay, None, 0.0, None, threading.Condition()
+        _AT_WORK.add(self)
 
     def ask(self, *args)->None: # Of the function
         "Request the work."
@@ -293,10 +297,18 @@ class Later:
         with self.changed:
             if self.thread is threading.current_thread(): self.thread = None; self.changed.notify_all()
 
+    def drop(self)->None:
+        "Forget what was asked for and is not begun."
+        with self.changed: self.asked = None; self.changed.notify_all()
+
     def join(self, timeout:float=60)->None: # Seconds
         "Wait until everything that was asked for is done. Raises `TimeoutError`."
         with self.changed:
             if not self.changed.wait_for(lambda: self.thread is None, timeout): raise TimeoutError(f'Still working after {timeout} seconds: wait again.')
+
+@atexit.register
+def _finish()->None: # A thread that is inside torch when Python ends would abort the process
+    for later in list(_AT_WORK): later.drop(); later.join()
 
 # %% ../nbs/20_config_panel.ipynb #77bd8b32
 LABEL = '210px'

@@ -28,7 +28,9 @@ def lab(folder):
     port, token, home = free_port(), secrets.token_hex(16), Path(folder)/'.jupyter-home'
     places = {name: str(home/name) for name in ('JUPYTER_CONFIG_DIR', 'JUPYTERLAB_SETTINGS_DIR', 'JUPYTERLAB_WORKSPACES_DIR', 'IPYTHONDIR')}
     command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--ip=127.0.0.1', f'--port={port}', '--allow-root', f'--ServerApp.root_dir={folder}', '--LabApp.news_url=None', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
-    home.mkdir()
+    settings = Path(places['JUPYTERLAB_SETTINGS_DIR'])/'@jupyterlab'/'apputils-extension'
+    settings.mkdir(parents=True)
+    (settings/'notification.jupyterlab-settings').write_text('{"fetchNews": "false"}') # the question about it would cover buttons
     with open(home/'lab.log', 'w') as log:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | places | dict(JUPYTER_TOKEN=token, OMP_NUM_THREADS='1'), cwd=folder)
         try:

@@ -51,7 +51,7 @@ def annotate(c):
     c.write('folder', 'pictures')
     c.button('Open').click()
     for i, kind in enumerate(KINDS):
-        c.told(f'{i}-{kind[0]}.png')
+        c.told(f'{i}-{kind[0]}.png, ') # below the picture that is shown
         c.write('question 1', QUESTION); c.write('answer 1', answer(*kind))
         if i == 1: c.shot('pictures')
         c.button('Save and next ▶').click()
