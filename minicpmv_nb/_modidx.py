@@ -138,6 +138,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                             'minicpmv_nb/answer_panels.py'),
                                            'minicpmv_nb.answer_panels.input_of': ( 'answer_panels.html#input_of',
                                                                                    'minicpmv_nb/answer_panels.py'),
+                                           'minicpmv_nb.answer_panels.near': ('answer_panels.html#near', 'minicpmv_nb/answer_panels.py'),
                                            'minicpmv_nb.answer_panels.scores_html': ( 'answer_panels.html#scores_html',
                                                                                       'minicpmv_nb/answer_panels.py'),
                                            'minicpmv_nb.answer_panels.size_text': ( 'answer_panels.html#size_text',

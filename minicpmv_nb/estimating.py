@@ -139,7 +139,7 @@ OF_THE_MODEL = ('use_lora', 'q_lora', 'quantize_vision', 'tune_llm', 'tune_visio
 
 def only_model(cfg:Config)->Config: # The same without what the model does not depend on
     "Leave out what does not matter here, so that equal questions are known to be equal."
-    return Config('', '', **{name: getattr(cfg, name) for name in OF_THE_MODEL})
+    return Config('', '', **{name: getattr(cfg, name) for name in OF_THE_MODEL} | dict(deepspeed='ds_config_zero2.json' if cfg.deepspeed else None)) # whichever stage: it decides the precision only
 
 def paper_step(
     config:dict, # A checkpoint's `config.json`

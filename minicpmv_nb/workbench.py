@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ipywidgets as W
 
-from .answer_panels import ChatPanel, MergePanel
+from .answer_panels import ChatPanel, MergePanel, near
 from .config_panel import ConfigPanel
 from .data_panel import AnnotatePanel, DataPanel
 from .jobs import Run
@@ -75,12 +75,12 @@ def _to_config(w:Workbench)->None: # Data and checkpoint
 
 def _to_merge(w:Workbench)->None: # The adapter of the run that is watched
     run = w.run.run
-    if run and not w.merge.adapter.value and (run.final/'adapter_config.json').is_file(): w.merge.adapter.value = str(run.final)
+    if run and not w.merge.adapter.value and (run.final/'adapter_config.json').is_file(): w.merge.adapter.value = near(run.final)
     w.merge.refresh()
 
 def _to_chat(w:Workbench)->None: # What was merged, or what the run left
     run = w.run.run
-    if not w.chat.tuned.value and run and run.final.is_dir(): w.chat.tuned.value = str(run.final)
+    if not w.chat.tuned.value and run and run.final.is_dir(): w.chat.tuned.value = near(run.final)
     w.chat.refresh()
 
 def launched(self, run:Run)->None: # From the panel of settings
@@ -90,6 +90,6 @@ def launched(self, run:Run)->None: # From the panel of settings
 
 def merged(self, folder:Path)->None: # From the panel that merges
     "The merged checkpoint is the one to ask, beside the base it was made from."
-    self.chat.tuned.value, self.chat.base.value = str(folder), self.merge.base.value
+    self.chat.tuned.value, self.chat.base.value = near(folder), self.merge.base.value
 
 Workbench.hand_on, Workbench.launched, Workbench.merged = hand_on, launched, merged

@@ -47,7 +47,7 @@ def _until_up(address, server, log, seconds=90):
     raise TimeoutError(log.read_text()[-3000:])
 
 @contextmanager
-def browser(folder, width=1100, height=1000):
+def browser(folder, width=1100, height=3400): # so high that nothing has to be scrolled
     "A page of a headless browser. What it shows when something fails is kept in `folder`."
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
@@ -77,6 +77,6 @@ def run_all(page): menu(page, 'Run', 'runmenu:run-all')
 def restart_and_run_all(page):
     "A fresh kernel, then every cell again."
     menu(page, 'Run', 'runmenu:restart-and-run-all')
-    page.get_by_role('button', name='Restart', exact=True).click()
+    page.locator('.jp-Dialog .jp-mod-accept').click()
     page.wait_for_timeout(1000)
     page.get_by_text('| Idle').first.wait_for()

@@ -31,6 +31,8 @@ CELLS = list(product(METHODS, SHARDINGS, RANKS, FAMILIES))
 # Their ranks and families cover all other pairs; found by trying all 4^10, and taking one with five of each. Full training under ZeRO-3 by one process had a fault of its own.
 TEN = [('lora', 'ZeRO-3', 1, '2.5'), ('lora', 'offload', 2, '2.6'), ('qlora', 'plain', 1, '2.5'), ('qlora', 'ZeRO-2', 1, '2.5'), ('qlora', 'ZeRO-3', 2, '2.5'), ('qlora', 'offload', 1, '2.6'),
     ('full', 'plain', 2, '2.6'), ('full', 'ZeRO-2', 2, '2.6'), ('full', 'ZeRO-3', 1, '2.6'), ('full', 'offload', 2, '2.5')]
+# The other families, where ranks share the work.
+OTHERS = list(product(METHODS, SHARDINGS, (2,), ('2.0', 'o-2.6', '4.0', '4.5')))
 SETTINGS = dict(max_steps=3, save_steps=2, gradient_accumulation_steps=2, learning_rate=1e-3, lora_dropout=0.05, use_cpu='true', dataloader_num_workers=0)
 
 
@@ -95,7 +97,7 @@ def inputs(batch): return {k: v for k, v in batch.items() if k not in ('labels',
 @torch.no_grad()
 def logits(model, batch): return model(**inputs(batch))['logits']
 
-@pytest.mark.parametrize('which', [pytest.param(c, id=name(c), marks=() if c in TEN else pytest.mark.slow) for c in CELLS])
+@pytest.mark.parametrize('which', [pytest.param(c, id=name(c), marks=() if c in TEN else pytest.mark.slow) for c in CELLS + OTHERS])
 def test_cell(which, cell, base):
     method, folder = which[0], base(which[3])
     whole, again = cell(*which)
