@@ -857,6 +857,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'minicpmv_nb.panels.Panel.values': ('panels.html#panel.values', 'minicpmv_nb/panels.py'),
                                     'minicpmv_nb.panels.Panel.working': ('panels.html#panel.working', 'minicpmv_nb/panels.py')},
             'minicpmv_nb.plots': { 'minicpmv_nb.plots.Picture': ('plots.html#picture', 'minicpmv_nb/plots.py'),
+                                   'minicpmv_nb.plots.Picture.__init__': ('plots.html#picture.__init__', 'minicpmv_nb/plots.py'),
                                    'minicpmv_nb.plots.Picture._repr_png_': ('plots.html#picture._repr_png_', 'minicpmv_nb/plots.py'),
                                    'minicpmv_nb.plots.Picture.save': ('plots.html#picture.save', 'minicpmv_nb/plots.py'),
                                    'minicpmv_nb.plots.Record': ('plots.html#record', 'minicpmv_nb/plots.py'),

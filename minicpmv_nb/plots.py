@@ -105,6 +105,9 @@ def worked(
 # %% ../nbs/11_plots.ipynb #dcda3441
 class Picture(Figure):
     "A figure that shows itself."
+    def __init__(self, **how): # As for matplotlib's `Figure`
+        super().__init__(**how)
+
     def _repr_png_(self)->bytes:
         file = BytesIO()
         self.savefig(file, format='png', dpi=self.dpi)

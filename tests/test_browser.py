@@ -125,7 +125,7 @@ def test_from_pictures_to_an_answer(folder):
         c.write('picture', 'pictures/1-bar.png'); c.write('question', QUESTION)
         c.bench.get_by_text('ask the base too').locator('visible=true').click()
         c.button('Ask').click()
-        c.told(answer('bar', 'blue')); c.told('base in memory')
+        c.told(answer('bar', 'blue')); c.told('base and tuned in memory')
         c.shot('ask')
     entries = json.loads((folder/'pictures'/'train.json').read_text(encoding='utf-8'))
     assert [e['conversations'][-1]['content'] for e in entries] == [answer(*k) for k in KINDS]
