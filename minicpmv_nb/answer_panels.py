@@ -377,7 +377,7 @@ class _ChatPictures(_ChatModels):
         "A path was given: of a picture, or of a folder whose pictures are listed."
         self.given, path = [], Path(self.path.value.strip() or 'none')
         folder = bool(self.path.value.strip()) and path.is_dir()
-        numbers = lambda f: [int(part) if i % 2 else part for i, part in enumerate(re.split(r'(\d+)', f.name))] # 7 comes before 65
+        numbers = lambda folder: [int(part) if i % 2 else part for i, part in enumerate(re.split(r'(\d+)', folder.name))] # 7 comes before 65
         self.files.options = [(f.name, str(f)) for f in sorted((f for f in path.iterdir() if f.suffix.lower() in PICTURES), key=numbers)] if folder else []
         self.files.layout.display = '' if folder else 'none'
         if folder: self.say('' if self.files.options else f'{path} holds no pictures.', 'wrong')

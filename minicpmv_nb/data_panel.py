@@ -61,7 +61,7 @@ def find_checkpoints(
 )->list[str]: # Folders
     "Folders whose config.json is that of a supported checkpoint."
     kinds = '|'.join({f.model_type for f in FAMILIES.values()})
-    return [str(f.parent) for f in _below(Path(folder), depth) if f.name == 'config.json' and re.search(rf'"model_type":\s*"({kinds})"', _head(f))]
+    return [str(file.parent) for file in _below(Path(folder), depth) if file.name == 'config.json' and re.search(rf'"model_type":\s*"({kinds})"', _head(file))]
 
 def find_albums(
     folder:str|Path='.', # Where to look

@@ -80,6 +80,7 @@ def test_a_rank_that_raises_says_why(cfg, data_copy):
     for picture in data_copy.parent.glob('*.png'): picture.write_bytes(b'gone bad') # after the check, as a disk would do it
     with pytest.raises(RunFailed, match='is not a readable picture|cannot be read'): run.wait(timeout=90)
 
+@pytest.mark.slow # test_scripts.py does the same with a script of the guide
 def test_the_script_runs_by_hand(cfg, tmp_path):
     run = launch(replace(cfg, deepspeed=None, max_steps=1))
     run.wait(timeout=120)
