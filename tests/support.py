@@ -58,9 +58,10 @@ def free_port():
 
 def run_ranks(argv, ranks=1, script=('-m', 'minicpmv_nb.training'), check=True):
     "Train in processes of their own, as torchrun starts them. `script`: another program that takes the same flags."
+    from minicpmv_nb.jobs import _extensions
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])  # DeepSpeed looks for ninja there
     command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', str(ranks), '--master_port', str(free_port()), *script, *argv]
-    done = subprocess.run(command, env=os.environ | dict(PATH=path, OMP_NUM_THREADS='1'), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(command, env=os.environ | dict(PATH=path, OMP_NUM_THREADS='1', TORCH_EXTENSIONS_DIR=str(_extensions())), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if check: assert done.returncode == 0, done.stdout[-6000:]
     return done
 

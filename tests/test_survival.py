@@ -136,7 +136,7 @@ def test_killed_under_deepspeed(argv, tmp_path, stage):
 
 # --- SIGTERM ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('to', ['torchrun', 'one rank', 'everybody'])
+@pytest.mark.parametrize('to', ['torchrun', 'one rank', pytest.param('everybody', marks=pytest.mark.slow)])
 def test_sigterm_saves_and_leaves(argv, whole, tmp_path, to):
     folder = tmp_path/'run'
     more = dict(save_steps=100, dataloader_num_workers=0 if to == 'one rank' else 2)
@@ -330,7 +330,7 @@ def test_other_errors_are_left_alone(tmp_path):
 
 # --- a rank that hangs -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('rank', [0, 1])
+@pytest.mark.parametrize('rank', [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_hung_rank_is_named(argv, tmp_path, rank):
     folder = tmp_path/'run'
     job = Job(argv(folder, max_steps=100_000, save_steps=100_000, hang_timeout=6)).until(at_step(folder, 5))
