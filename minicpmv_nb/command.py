@@ -11,11 +11,9 @@ import argparse, difflib, json, opcode, os, re, shutil, statistics, sys, textwra
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from types import NoneType
-from typing import get_args
 
 from . import __version__
-from .config import TYPES, Config, _pairs, documented, from_flags, from_script, full, load_config, lora, qlora, recommended
+from .config import Config, documented, from_flags, from_script, full, load_config, lora, qlora, recommended
 from .families import FAMILIES
 
 # %% ../nbs/24_command.ipynb #1f837a0b
@@ -218,10 +216,10 @@ def configure(
     given = _given(argv)
     start = _start(a, given)
     if start is None and not given & {'use_lora', 'tune_llm', 'tune_vision', 'tune_embeddings'}: raise ValueError('Say what trains: --method lora, qlora or full, --script finetune_lora.sh, --config config.json, or the flags --use_lora true or --tune_llm true.')
-    if start and a.recommended: start = recommended(start)
+    if start and a.recommended: start = recommended(start, given)
     known = {k: v for k, v in vars(start).items() if v not in ('', None)} if start else {}
-    cfg = replace(from_flags(argv, **defaults | known), **{name: None for name, value in _pairs(argv) if value == 'none' and NoneType in get_args(TYPES.get(name))}) # --deepspeed none
-    return recommended(cfg) if a.recommended and not start else cfg
+    cfg = from_flags(argv, **defaults | known)
+    return recommended(cfg, given) if a.recommended and not start else cfg
 
 def _config_arguments(p)->None:
     start = p.add_mutually_exclusive_group()

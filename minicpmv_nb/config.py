@@ -232,7 +232,7 @@ def _parse(name:str, text:str|None): # One value, by the type of its field; a fl
     kinds = _kinds(name)
     if text is None and kinds != [bool]: raise ValueError(f'--{name} has no value.')
     text = 'true' if text is None else text
-    if text.lower() in ('none', 'null', '') and kinds != [str]: return None
+    if text.lower() in ('none', 'null', '') and (kinds != [str] or type(None) in get_args(TYPES[name])): return None
     if kinds[0] is bool:
         if text.lower() not in ('true', 'false', '1', '0', 'yes', 'no'): raise ValueError(f'--{name} is {text!r}: say true or false.')
         return text.lower() in ('true', '1', 'yes')
@@ -447,9 +447,10 @@ def better_values(
 
 def recommended(
     cfg:Config, # From `lora`, `qlora`, `full` or a script
+    keep=(), # Names of fields to leave as they are
 )->Config: # With better values where it has the guide's
     "Replace values of the guide that are known to hurt, and print why."
-    better = better_values(cfg)
+    better = [b for b in better_values(cfg) if b[0] not in keep]
     for name, value, reason in better: print(f'{name}: {getattr(cfg, name)!r} -> {value!r}: {reason}')
     return replace(cfg, **{name: value for name, value, _ in better})
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'ROOM', 'OF_THE_BATCH', 'OF_THE_MEMORY', 'LABEL', 'GREY', 'METHODS', 'PRECISIONS', 'STAGES', 'MAIN',
-           'PATHS', 'SOURCES', 'FIRST', 'method_of', 'differences', 'as_code', 'count_steps', 'batch_line', 'look_up',
-           'obstacles', 'preview', 'again', 'read_settings', 'plot_estimate', 'verdict', 'stamp', 'MemoryPanel',
-           'Later', 'as_text', 'from_text', 'Row', 'Choice', 'Sharding', 'make_rows', 'ConfigPanel']
+           'PATHS', 'SOURCES', 'FIRST', 'method_of', 'differences', 'as_code', 'count_steps', 'batch_line', 'obstacles',
+           'preview', 'again', 'read_settings', 'plot_estimate', 'verdict', 'stamp', 'MemoryPanel', 'Later', 'as_text',
+           'from_text', 'Row', 'Choice', 'Sharding', 'make_rows', 'ConfigPanel']
 
 # %% ../nbs/20_config_panel.ipynb #10aa2e1c
 import atexit, json, math, re, shlex, tempfile, threading, time
@@ -26,7 +26,7 @@ from .config import (CHOICES, NAMES, TYPES, Config, _kinds, _nearest, _parse, be
     named_fields, qlora, zero_stage)
 from .diagnosis import Machine, this_machine
 from .estimating import OF_THE_MODEL, Estimate, Work, estimate, heaviest
-from .families import FAMILIES, check_llm_type, find_family, read_config
+from .families import check_llm_type, find_family, look_up, read_config
 from .jobs import Run, _fill_in, _run_folder, launch, write_script
 from .panels import TONES, Panel
 from .quantizing import refuse_four_bit
@@ -91,19 +91,6 @@ def batch_line(
     return f'{said} {entries} entries: {_several(a_pass, "step")} for a pass over the data. The run: {_several(steps, "step")}, which is {_several(round(steps/a_pass, 1), "pass")}.'
 
 def _several(n, what:str)->str: return f'{n:,g} {what}{"" if n == 1 else "es" if what.endswith("s") else "s"}'
-
-# %% ../nbs/20_config_panel.ipynb #8530bcb2
-def look_up(
-    name:str, # Folder or hub id, as for `resolve`
-    revision:str|None=None, # Branch, tag or commit of a hub id
-)->tuple[dict|None,Path|None]: # Its `config.json`, or None; its folder, or None where it would have to be downloaded
-    "What is known of a model on this machine. Raises `FileNotFoundError` and `ValueError` as `read_config`."
-    from huggingface_hub import try_to_load_from_cache
-    if not name: raise ValueError(f'Give the folder of a checkpoint, or a hub id such as {FAMILIES["2.6"].hub_id}.')
-    if Path(name).expanduser().is_dir() or name.count('/') != 1 or name.startswith(('.', '/', '~')): return read_config(Path(name).expanduser()), Path(name).expanduser()
-    found = None if name.startswith('modelscope:') else try_to_load_from_cache(name, 'config.json', revision=revision)
-    if isinstance(found, str): return read_config(Path(found).parent), Path(found).parent
-    return next((f.official for f in FAMILIES.values() if f.hub_id == name), None), None
 
 # %% ../nbs/20_config_panel.ipynb #88420a5d
 def _file(path:str, what:str)->None: # Raises unless it is there
@@ -243,10 +230,7 @@ class MemoryPanel(Panel):
     def _estimate(self, cfg:Config, gpus:int)->Estimate|None: # Without downloading anything
         model, folder = look_up(cfg.model_name_or_path, cfg.revision)
         if model is None: return self.say(f'{cfg.model_name_or_path} is not on this machine: its memory can be estimated once it is.')
-        if folder: return estimate(replace(cfg, model_name_or_path=str(folder), revision=None), gpus, self._heaviest(cfg, folder))
-        with tempfile.TemporaryDirectory() as aside: # the published sizes; without a tokenizer the data cannot be measured
-            (Path(aside)/'config.json').write_text(json.dumps(model))
-            return estimate(replace(cfg, model_name_or_path=aside, revision=None, data_path=''), gpus)
+        return estimate(cfg, gpus, self._heaviest(cfg, folder) if folder else None)
 
     def _heaviest(self, cfg:Config, folder:Path)->Work: # Reading a large data file takes long, and most changes do not concern it
         key = (folder, stamp(cfg.data_path), *(getattr(cfg, name) for name in OF_THE_BATCH))
@@ -447,6 +431,7 @@ class ConfigPanel(Panel):
         self.later = Later(lambda *asked: _slowly(self, *asked), delay)
         self._make_widgets()
         super().__init__(*self._layout())
+        self.box.children = (self.box.children[0], self.message, *self.box.children[1:]) # what was read is said beside the button, and at the end
         self.show(cfg or _better(lora('', '')))
         for widget in [self.source, self.name, *(w for row in self.each for w in row.widgets)]: widget.observe(self.refresh, 'value')
 
@@ -650,7 +635,8 @@ def _load(self,
     path:str|Path, # A script, a `config.json`, or a run folder
 )->None:
     "Show what a file says. Raises as `read_settings`."
-    cfg, said = read_settings(path)
+    (cfg, said), known = read_settings(path), _shown(self)
+    cfg = replace(cfg, **{name: known[name] for name in PATHS if known[name] and not getattr(cfg, name)}) # a file without paths is for any data
     self.show(cfg)
     different = ', '.join(f'{k}={v!r}' for k, v in differences(cfg).items()) or 'nothing'
     self.say('\n'.join([f'{Path(path).name} was read: {method_of(cfg)}. It differs from the preset in: {different}.', *said]), 'done')

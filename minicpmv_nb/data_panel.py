@@ -329,7 +329,9 @@ class _DataForm(Panel): # The widgets of a DataPanel
 class DataPanel(_DataForm):
     "Check a data file and page through its samples."
     def check(self):
-        "Check the file and show it from its first entry."
+        "Check the file and show it from its first entry. Raises `ValueError` without a file, and as `check_file`."
+        if not self.path.value.strip(): raise ValueError('Choose a data file first, or write one in the tab of pictures.')
+        if Path(self.path.value).is_dir(): raise ValueError(f'{self.path.value} is a folder: choose a data file in it.')
         self.checked, self.order = None, []
         self.tabs.layout.display, self.summary.value, self.view.value = 'none', '', ''
         self.say('checking', 'busy')

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
 from .config import Config, deepspeed_json, offloaded, zero_stage
-from .families import read_config, resolve
+from .families import look_up, read_config, resolve
 from .model import MiniCPMV, head_losses, place
 from .prompts import Processor, encode, picture_sizes
 from .quantizing import quantized_layers
@@ -222,14 +222,19 @@ class Estimate:
         first, *others = self.cells()
         return f'<table>{line(first, "th")}{"".join(line(c, "td") for c in others)}</table><p><b>A GPU needs {self.total:.1f} GB.</b> {escape(" ".join(self.notes))}</p>'
 
+def _unmeasured(cfg:Config, config:dict)->Work: # Of a published model that is not on this machine: its tokenizer is not either
+    work = _limits(cfg, config, cfg.per_device_train_batch_size)
+    return replace(work, source=f'{cfg.model_name_or_path} is not on this machine, so its published sizes are taken and the data is not measured: ' + work.source.partition(': ')[2])
+
 def estimate(
     cfg:Config, # What shall be run; without a data file the limits are taken to be reached
     gpus:int|None=None, # GPUs on this machine; None: what `cfg` says, or one. Times `cfg.nnodes`
     work:Work|None=None, # A batch to reckon with; None: `heaviest`
 )->Estimate: # `print` it, or end a cell with it; `total` is what a GPU must have
-    "Say how much memory a run needs on each GPU, by part and moment. Only `config.json` of the checkpoint is read, and the data file where there is one. Raises as `heaviest` and `resolve`."
-    folder, ranks = resolve(cfg.model_name_or_path, cfg.revision)[0], (gpus or cfg.gpus or 1)*cfg.nnodes
-    config, work = read_config(folder), work or heaviest(cfg, folder)
+    "Say how much memory a run needs on each GPU, by part and moment. Only `config.json` of the checkpoint is read, and the data file where there is one; a published model need not be on this machine. Raises as `heaviest` and `resolve`."
+    ranks, (config, folder) = (gpus or cfg.gpus or 1)*cfg.nnodes, look_up(cfg.model_name_or_path, cfg.revision)
+    if config is None: folder = resolve(cfg.model_name_or_path, cfg.revision)[0]; config = read_config(folder)
+    work = work or (heaviest(cfg, folder) if folder else _unmeasured(cfg, config))
     return Estimate(_rows(config, cfg, ranks, work), ranks, work, _notes(cfg, ranks, _host(config, cfg, ranks)), _host(config, cfg, ranks))
 
 # %% ../nbs/15_estimating.ipynb #5f5e4bb7

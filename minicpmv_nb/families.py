@@ -6,7 +6,7 @@
 __all__ = ['LLAMA3', 'CHATML', 'SLICE_MARKERS', 'SIGLIP', 'PICTURE_TOKENS', 'SLICES', 'COMMON', 'BATCHED', 'SMALL_SLICES',
            'QWEN_TOKENS', 'V20', 'V25', 'V26', 'O26', 'V40', 'V45', 'FAMILIES', 'VISION_ENCODERS', 'LATER',
            'DATA_FILES', 'Template', 'PictureMarkup', 'StandIn', 'Family', 'vision_config', 'find_family',
-           'read_config', 'check_llm_type', 'resolve']
+           'read_config', 'check_llm_type', 'resolve', 'look_up']
 
 # %% ../nbs/00_families.ipynb #862dfbcb
 import json, re
@@ -251,3 +251,16 @@ def _modelscope(name:str, revision:str|None)->Path:
     try: from modelscope import snapshot_download
     except ImportError as e: raise ImportError(f'modelscope:{name} needs the package modelscope: pip install modelscope, or download the model and give its folder.') from e
     return Path(snapshot_download(name, revision=revision, allow_patterns=DATA_FILES))
+
+# %% ../nbs/00_families.ipynb #6200ecd8
+def look_up(
+    name:str, # Folder or hub id, as for `resolve`
+    revision:str|None=None, # Branch, tag or commit of a hub id
+)->tuple[dict|None,Path|None]: # Its `config.json`, or None; its folder, or None where it would have to be downloaded
+    "What is known of a model on this machine. Raises `FileNotFoundError` and `ValueError` as `read_config`."
+    from huggingface_hub import try_to_load_from_cache
+    if not name: raise ValueError(f'Give the folder of a checkpoint, or a hub id such as {FAMILIES["2.6"].hub_id}.')
+    if Path(name).expanduser().is_dir() or name.count('/') != 1 or name.startswith(('.', '/', '~')): return read_config(Path(name).expanduser()), Path(name).expanduser()
+    found = None if name.startswith('modelscope:') else try_to_load_from_cache(name, 'config.json', revision=revision)
+    if isinstance(found, str): return read_config(Path(found).parent), Path(found).parent
+    return next((f.official for f in FAMILIES.values() if f.hub_id == name), None), None

@@ -364,6 +364,7 @@ def _fill_in(cfg:Config, here:bool, checkpoint:dict)->Config: # Absolute paths, 
     return replace(cfg, model_name_or_path=str(Path(model).absolute()) if Path(model).is_dir() else model, **absolute)
 
 def _run_folder(cfg:Config, name:str|None)->Path: # It must be new, or be waiting for this machine
+    if name and (Path(name).name != name or name.startswith('.')): raise ValueError(f'The name of a run is {name!r}: it is one folder below runs, without slashes or a dot in front. For another place set output_dir.')
     method = 'lora' if cfg.use_lora else 'full'
     folder = Path(cfg.output_dir or f'runs/{name or method + time.strftime("-%Y%m%d-%H%M%S")}').expanduser().absolute()
     run = Run(folder, cfg.node_rank)

@@ -24,7 +24,7 @@ STEPS = dict(
     config=('3 Settings', 'Choose what trains and how. What cannot work is said beside the field; below stand the steps, the memory and the same in Python. Launch starts the run.'),
     run=('4 Run', 'Watch the run. It goes on when this notebook is closed: choose it again here later. Stop saves, Resume goes on.'),
     merge=('5 Merge', 'Turn the adapter of a LoRA run into a checkpoint of its own. A full run needs no merging: go on to 6.'),
-    chat=('6 Ask', 'Show it a picture it has not seen, and ask. The answer of the base stands beside it.'))
+    chat=('6 Ask', 'Show it a picture it has not seen, and ask. Tick "ask the base too" to see its answer beside the tuned one.'))
 
 class Workbench(Panel):
     "All panels in tabs, each knowing what was done in the one before."
@@ -34,6 +34,7 @@ class Workbench(Panel):
     ):
         self.annotate, self.data, self.config, self.run = AnnotatePanel(), DataPanel(str(data), str(model)), ConfigPanel(), RunPanel()
         self.merge, self.chat = MergePanel(), ChatPanel()
+        self.given = {} # What was handed on, by field: it may be replaced, unlike what was typed
         self.panels = {name: getattr(self, name) for name in STEPS}
         self.hints = {name: W.HTML(f'<p style="margin:4px 0;line-height:1.4">{said}</p>') for name, (_, said) in STEPS.items()}
         self.tabs = W.Tab([W.VBox([self.hints[name], panel.box]) for name, panel in self.panels.items()], titles=[title for title, _ in STEPS.values()])
@@ -62,25 +63,32 @@ def hand_on(self)->None:
     fill = dict(data=_to_data, config=_to_config, merge=_to_merge, chat=_to_chat).get(self.step)
     if fill: fill(self)
 
+def _fresh(w:Workbench, field:str, now:str|None, new:str|None)->bool: # Whether a field shall be filled in; remembers with what
+    if not new or new == now or now and now != w.given.get(field): return False
+    w.given[field] = new
+    return True
+
 def _to_data(w:Workbench)->None: # The file that was written
     written = w.annotate.values()['file']
-    if written and not w.data.path.value and Path(written).is_file(): w.data.path.value = written
+    if written and Path(written).is_file() and _fresh(w, 'data', w.data.path.value, written): w.data.path.value = written
 
 def _to_config(w:Workbench)->None: # Data and checkpoint
     _to_data(w)
     written, known = w.annotate.values(), w.config.values()
     wanted = dict(model_name_or_path=w.data.model.value, data_path=w.data.path.value, eval_data_path=written['eval_file'] if w.data.path.value == written['file'] else None)
-    empty = {name: value for name, value in wanted.items() if value and not known.get(name)}
-    if empty: w.config.set(**empty)
+    fresh = {name: value for name, value in wanted.items() if _fresh(w, name, known.get(name), value)}
+    if fresh: w.config.set(**fresh)
 
 def _to_merge(w:Workbench)->None: # The adapter of the run that is watched
     run = w.run.run
-    if run and not w.merge.adapter.value and (run.final/'adapter_config.json').is_file(): w.merge.adapter.value = near(run.final)
+    if run and (run.final/'adapter_config.json').is_file() and _fresh(w, 'adapter', w.merge.adapter.value, near(run.final)): w.merge.adapter.value = near(run.final)
     w.merge.refresh()
 
 def _to_chat(w:Workbench)->None: # What was merged, or what the run left
     run = w.run.run
-    if not w.chat.tuned.value and run and run.final.is_dir(): w.chat.tuned.value = near(run.final)
+    merged = near(w.merge.done) if w.merge.done and run and w.merge.adapter.value == near(run.final) else None
+    left = merged or (near(run.final) if run and run.final.is_dir() else None)
+    if _fresh(w, 'tuned', w.chat.tuned.value, left): w.chat.tuned.value = left
     w.chat.refresh()
 
 def launched(self, run:Run)->None: # From the panel of settings
@@ -90,6 +98,7 @@ def launched(self, run:Run)->None: # From the panel of settings
 
 def merged(self, folder:Path)->None: # From the panel that merges
     "The merged checkpoint is the one to ask, beside the base it was made from."
-    self.chat.tuned.value, self.chat.base.value = near(folder), self.merge.base.value
+    self.chat.tuned.value = self.given['tuned'] = near(folder)
+    self.chat.base.value = self.merge.base.value
 
 Workbench.hand_on, Workbench.launched, Workbench.merged = hand_on, launched, merged

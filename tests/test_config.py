@@ -1,6 +1,6 @@
 "The guide's scripts give the guide's values; what cannot work is refused with what to do."
 import json, shlex, subprocess, sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import pytest
 
@@ -253,6 +253,13 @@ def test_recommended_replaces_the_guides_values_and_says_why(capsys):
     assert cfg.learning_rate == 5e-5 and cfg.bf16 and not cfg.fp16 and not cfg.tune_vision and cfg.lora_target_modules == 'llm.attention llm.mlp'
     assert 'save_steps: 10 -> 200: every 10 steps is a checkpoint every few minutes' in said and not any(line.startswith('learning_rate') for line in said)
     assert recommended(cfg) == cfg
+
+def test_recommended_leaves_alone_what_it_is_told_to():
+    cfg = lora('m', 'd')
+    assert recommended(cfg, keep={'learning_rate'}) == replace(recommended(cfg), learning_rate=cfg.learning_rate)
+
+@pytest.mark.parametrize('text', ['none', 'None', 'null'])
+def test_nothing_can_be_said_as_a_flag(text): assert from_flags([*NEEDED_FLAGS, '--use_lora', 'true', '--deepspeed', text]).deepspeed is None
 
 def test_recommended_for_full_training():
     cfg = recommended(full('m', 'd'))

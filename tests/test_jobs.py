@@ -34,6 +34,10 @@ def until(done, seconds=120):
 def steps(run)->list[int]: return [m['step'] for m in run.metrics() if 'loss' in m]
 
 
+@pytest.mark.parametrize('name', ['../x', 'deep/er', '/x', '..', '.hidden'])
+def test_the_name_of_a_run_is_no_path(cfg, name):
+    with pytest.raises(ValueError, match='it is one folder below runs'): launch(replace(cfg, output_dir=None), name=name)
+
 def test_a_run_outlives_the_process_that_launched_it(cfg, tmp_path):
     cfg = replace(cfg, max_steps=30, save_steps=100)
     launcher = subprocess.Popen([sys.executable, '-c', f'from minicpmv_nb import launch, Config; import time; launch({cfg!r}); print("launched", flush=True); time.sleep(600)'],

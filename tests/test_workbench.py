@@ -1,0 +1,53 @@
+"What the tabs of the workbench hand on: what was done, never over what was typed."
+import json
+
+import pytest
+
+from minicpmv_nb.jobs import Run
+from minicpmv_nb.workbench import Workbench
+from support import draw_data
+
+
+@pytest.fixture
+def bench(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('one.json', 'two.json', 'three.json'): draw_data(tmp_path, 4, name)
+    bench = Workbench(model=str(tiny), data='one.json')
+    yield bench
+    bench.close()
+
+def through(bench, path): # Check another file, and go to the settings; the data they have then
+    bench.go_to('data')
+    bench.data.path.value = path
+    bench.go_to('config')
+    return bench.config.values()['data_path']
+
+def test_another_file_reaches_the_settings_unless_one_was_typed(bench, tiny):
+    assert bench.step == 'data'
+    assert [through(bench, name) for name in ('one.json', 'two.json')] == ['one.json', 'two.json'] and bench.config.values()['model_name_or_path'] == str(tiny)
+    bench.config.set(data_path='three.json')
+    assert through(bench, 'one.json') == 'three.json'
+
+def finished(folder, tiny): # What a LoRA run leaves, as far as it matters here
+    (folder/'final').mkdir(parents=True)
+    (folder/'final'/'adapter_config.json').write_text(json.dumps(dict(base_model_name_or_path=str(tiny))))
+    return Run(folder.absolute())
+
+def test_another_run_is_the_one_to_merge_and_ask(bench, tiny, tmp_path):
+    for name in ('first', 'second'):
+        bench.run.run = finished(tmp_path/'runs'/name, tiny)
+        for step, field in (('merge', bench.merge.adapter), ('chat', bench.chat.tuned)):
+            bench.go_to(step)
+            assert field.value == f'runs/{name}/final'
+    bench.merge.adapter.value = 'elsewhere'
+    bench.run.run = finished(tmp_path/'runs'/'third', tiny)
+    bench.go_to('merge')
+    assert bench.merge.adapter.value == 'elsewhere'
+
+def test_merged_is_what_is_asked(bench, tiny, tmp_path):
+    bench.run.run = finished(tmp_path/'runs'/'first', tiny)
+    bench.go_to('merge')
+    bench.merge.done = tmp_path/'runs'/'first'/'merged'
+    bench.merged(bench.merge.done)
+    bench.go_to('chat')
+    assert bench.chat.tuned.value == 'runs/first/merged'
