@@ -1,8 +1,11 @@
 "Fixtures that several test modules share."
-import os
+import os, signal
 
 # The models are tiny: a second thread costs more than it brings, and far more beside another process. Read when torch is imported.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+# A shell that starts the tests in the background has Ctrl-C ignored, here and in every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 

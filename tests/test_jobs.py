@@ -39,7 +39,7 @@ def test_the_name_of_a_run_is_no_path(cfg, name):
     with pytest.raises(ValueError, match='it is one folder below runs'): launch(replace(cfg, output_dir=None), name=name)
 
 def test_a_run_outlives_the_process_that_launched_it(cfg, tmp_path):
-    cfg = replace(cfg, max_steps=30, save_steps=100)
+    cfg = replace(cfg, max_steps=100, save_steps=100)
     launcher = subprocess.Popen([sys.executable, '-c', f'from minicpmv_nb import launch, Config; import time; launch({cfg!r}); print("launched", flush=True); time.sleep(600)'],
         stdout=subprocess.PIPE, text=True)
     while 'launched' not in (line := launcher.stdout.readline()): assert line
@@ -52,7 +52,7 @@ def test_a_run_outlives_the_process_that_launched_it(cfg, tmp_path):
     launcher.kill(); launcher.wait()
     assert all(p.is_running() for p in workers)
     run.wait(timeout=120)
-    assert steps(run) == list(range(1, 31)) and (run.final/'adapter_model.safetensors').is_file()
+    assert steps(run) == list(range(1, 101)) and (run.final/'adapter_model.safetensors').is_file()
     said = [line.split() for line in run.log(1000).splitlines() if line.startswith('rank ')]
     assert len(said) == 2 and all(line[-3:] == ['ZeRO', 'stage', '2'] for line in said)
     assert {int(line[5].rstrip(',')) for line in said} == {p.pid for p in workers}

@@ -46,7 +46,8 @@ def said(chat:Chat, file:Path)->list[bool]:
 def base(tmp_path_factory):
     return tiny_checkpoint(tmp_path_factory.mktemp('six')/'base', [t for talk in TALKS for pair in talk for t in pair], hidden_size=256, num_hidden_layers=2)
 
-@pytest.mark.parametrize('stage', [pytest.param(2), pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('stage', [2, 3])
 def test_six_conversations_are_learnt_by_heart(base, tmp_path, stage):
     file = write(tmp_path/'data')
     cfg = lora(str(base), str(file), output_dir=str(tmp_path/'run'), use_cpu=True, gpus=2, fp16=False, deepspeed=f'ds_config_zero{stage}.json', max_steps=130, save_steps=1000,
