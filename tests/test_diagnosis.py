@@ -11,19 +11,16 @@ from minicpmv_nb.quantizing import quantize
 from minicpmv_nb.tuning import memory
 from minicpmv_nb.diagnosis import CHECKS, COMPILER, EXTRAS, HEADER, MACHINE_CHECKS, METHODS, NINJA, Folder, Machine, both_ways, build_tools, doctor, faults, fits, main, memory_table, needed, this_machine, training_counts
 from minicpmv_nb.families import FAMILIES
-from minicpmv_nb.model import load, save, tiny_checkpoint, write_checkpoint
+from minicpmv_nb.model import load, save, write_checkpoint
 from minicpmv_nb.training import prepare_model
-from support import ANSWERS, QUESTION, golden_checkpoint
+from support import golden_checkpoint
 
 CARDS = Machine((('card', 80.0),)*2, True, 100, 1000)
 every_family = pytest.mark.parametrize('name', FAMILIES)
 
 
 @pytest.fixture(scope='module')
-def healthy(tmp_path_factory):
-    "A tiny checkpoint of each family."
-    folder = tmp_path_factory.mktemp('healthy')
-    return {name: tiny_checkpoint(folder/name, [QUESTION, *ANSWERS], name) for name in FAMILIES}
+def healthy(bases): return bases
 
 @pytest.fixture(scope='module')
 def sharded(healthy, tmp_path_factory):
