@@ -219,7 +219,7 @@ def configure(
     if start and a.recommended: start = recommended(start, given)
     known = {k: v for k, v in vars(start).items() if v not in ('', None)} if start else {}
     cfg = from_flags(argv, **defaults | known)
-    return recommended(cfg, given) if a.recommended and not start else cfg
+    return recommended(cfg) if a.recommended and not start else cfg # flags alone are the script
 
 def _config_arguments(p)->None:
     start = p.add_mutually_exclusive_group()
