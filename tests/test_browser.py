@@ -123,7 +123,7 @@ def test_from_pictures_to_an_answer(folder):
 
         c.tab('6 Ask')
         c.write('picture', 'pictures/1-bar.png'); c.write('question', QUESTION)
-        c.bench.get_by_text('ask the base too').locator('visible=true').click()
+        c.bench.get_by_text('ask the base too', exact=True).locator('visible=true').click()
         c.button('Ask').click()
         c.told(answer('bar', 'blue')); c.told('base and tuned in memory')
         c.shot('ask')
