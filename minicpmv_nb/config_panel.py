@@ -425,7 +425,7 @@ class ConfigPanel(Panel):
         machine:Machine|None=None, # None: this one
         delay:float=0.7, # Seconds without a change before the memory is estimated
     ):
-        self.rows, self.lock, self.quiet, self.wrong, self.run, self.on_launch, self.counts, self.asked = make_rows(), threading.RLock(), False, {}, None, [], {}, None
+        self.rows, self.quiet, self.wrong, self.run, self.on_launch, self.counts, self.asked = make_rows(), False, {}, None, [], {}, None
         self.code, self.script, self.steps, self.launching = '', '', '', False
         self.memory = MemoryPanel(machine)
         self.later = Later(lambda *asked: _slowly(self, *asked), delay)
