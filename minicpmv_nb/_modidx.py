@@ -181,6 +181,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'minicpmv_nb.command': { 'minicpmv_nb.command.Command': ('command.html#command', 'minicpmv_nb/command.py'),
                                      'minicpmv_nb.command._Usage': ('command.html#_usage', 'minicpmv_nb/command.py'),
                                      'minicpmv_nb.command._add': ('command.html#_add', 'minicpmv_nb/command.py'),
+                                     'minicpmv_nb.command._as_typed': ('command.html#_as_typed', 'minicpmv_nb/command.py'),
                                      'minicpmv_nb.command._asked': ('command.html#_asked', 'minicpmv_nb/command.py'),
                                      'minicpmv_nb.command._chat': ('command.html#_chat', 'minicpmv_nb/command.py'),
                                      'minicpmv_nb.command._chat_arguments': ('command.html#_chat_arguments', 'minicpmv_nb/command.py'),

@@ -414,7 +414,8 @@ class _ChatPictures(_ChatModels):
         paths, self.preview.value = self.chosen(), ''
         new, opened = self.fresh(), self.open_chosen(paths)
         figure = lambda path, im: f'<figure style="display:inline-block;margin:4px;line-height:1.3;opacity:{1 if path in new else .4}">{thumbnail(im, 120)}<figcaption style="font-size:85%;color:#888">{escape(path.name)}{"" if path in new else ", shown before"}</figcaption></figure>'
-        self.preview.value = ''.join(map(figure, paths, opened))
+        goes_on = f'<div style="color:{TONES["note"]};line-height:1.4">The conversation below goes on with what is new; New conversation starts over.</div>' if new and self.history else ''
+        self.preview.value = ''.join(map(figure, paths, opened)) + goes_on
 
 # %% ../nbs/22_answer_panels.ipynb #ed0b585c
 class _ChatTalk(_ChatPictures):

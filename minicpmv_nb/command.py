@@ -122,6 +122,12 @@ def _dispatch(argv:list[str])->int:
     sys.stdout.flush()
     return code
 
+_SPOKEN = ((r"Run\.attach\('([^']*)'\)\.resume\(\)", r'minicpmv_nb watch \1 --resume'), (r'Chat\.load\(base, adapter\) or merge\(base, adapter, out\)', 'minicpmv_nb chat BASE --adapter ADAPTER'))
+
+def _as_typed(said:str)->str: # A fix in Python, as flags
+    for python, flags in _SPOKEN: said = re.sub(python, flags, said)
+    return re.sub(rf'\b({"|".join(documented())})=(["\']?)([\w./-]*\w)\2', r'--\1 \3', said)
+
 def _quiet()->None: # Before anything heavy is imported
     if not sys.stderr.isatty(): os.environ.setdefault('TQDM_DISABLE', '1') # bars belong on a terminal
     if not sys.warnoptions: warnings.simplefilter('ignore', FutureWarning) # what libraries tell those who call them
@@ -140,7 +146,7 @@ def main(
     except Exception as e: # shown, or raised again
         said = sentence(e)
         if said is None or len(words) < len(argv): raise
-        print(f'error: {said}', file=sys.stderr)
+        print(f'error: {_as_typed(said)}', file=sys.stderr)
         return 1
 
 # %% ../nbs/24_command.ipynb #7d1d19d1

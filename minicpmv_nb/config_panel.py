@@ -547,7 +547,7 @@ def _show_results(self, cfg:Config|None)->None: # Code, script, steps, and the b
     count = self.counts.get(stamp(cfg.data_path)) if cfg else None
     self.steps = batch_line(replace(cfg, gpus=_processes(self, cfg), use_cpu=cfg.use_cpu or not self.memory.machine.gpus), count if isinstance(count, int) else None) if cfg else ''
     self.summary.value = f'<div style="line-height:1.4">{escape(self.steps)}</div>'
-    rests = '' if not self.wrong else f'It rests: {next(iter(self.wrong.values()))}' + (f' ({len(self.wrong)-1} more above)' if len(self.wrong) > 1 else '')
+    rests = '' if not self.wrong else f'Launch is off: {next(iter(self.wrong.values()))}' + (f' ({len(self.wrong)-1} more above)' if len(self.wrong) > 1 else '')
     self.go.disabled = bool(self.wrong) or self.launching
     self.why.value = f'<span role="status" style="color:{TONES["wrong"]};line-height:1.35;margin-left:8px;white-space:normal">{"✗ " if rests else ""}{escape(rests)}</span>'
 

@@ -680,7 +680,10 @@ class AnnotatePanel(_AlbumForm):
         "Say how far it is."
         v = self.values()
         held = f', {v["held_out"]} of them in eval.json' if v['held_out'] else ''
-        self.say(f'{first}{v["done"]} of {v["pictures"]} pictures have an entry{held}' + (f'; {len(v["skipped"])} skipped.' if v['skipped'] else '.'), 'done')
+        skipped = f'; {len(v["skipped"])} skipped.' if v['skipped'] else '.'
+        if v['held_out'] and v['held_out'] == v['entries']: return self.say(f'{first}All entries are held out: nothing is left in train.json to train on. Lower the share, or write more entries.', 'wrong')
+        ready = ' Check the file next.' if v['done'] + len(v['skipped']) >= v['pictures'] and v['entries'] else ''
+        self.say(f'{first}{v["done"]} of {v["pictures"]} pictures have an entry{held}{skipped}{ready}', 'done')
 
     def draw(self, picture:str): # From `Album.pictures`
         "Show a picture and its rounds."
@@ -693,7 +696,8 @@ class AnnotatePanel(_AlbumForm):
         try: seen = open_picture(file)
         except (OSError, ValueError) as e: self.view.value = f'<div style="width:320px;color:{TONES["wrong"]};line-height:1.4">{plain(e)}</div>'; return
         from PIL import Image
-        self.view.value = figure(Image.open(BytesIO(small(file, 640))), f'{picture}, {seen.width} x {seen.height} pixels', 320)
+        shown = Image.open(BytesIO(small(file, 640)))
+        self.view.value = figure(shown, f'{picture}, {seen.width} x {seen.height} pixels', max(1, min(320, 360*shown.width//shown.height))) # the buttons stay in sight below a tall one
 
     def fill(self, rounds:list[tuple[str,str]]): # Question and answer of each
         "Make fields for the picture. Those of the one before live on for a while: what is typed last may come late, and belongs to it."

@@ -206,7 +206,7 @@ def _known(run:Run)->dict: # What is written down: by this machine, and below it
     if not run.node_rank: return own
     ranks = read_status(run.folder)
     if ranks.get('heartbeat', 0) < own.get('started', 0): ranks = {}
-    begun = ranks.get('state') == 'running' or re.search(r'^rank \d+ of ', _log_since(run, own), re.M)
+    begun = ranks.get('state') == 'running' or re.search(r'rank \d+ of \d+, process', _log_since(run, own)) # perhaps behind a bar
     told = {k: ranks[k] for k in ('step', 'steps', 'error') if ranks.get(k) is not None and own.get(k) is None}
     return own | told | (dict(state='running') if own['state'] == 'starting' and begun else {})
 

@@ -123,6 +123,11 @@ def test_pictures_by_folder_and_upload_go_once(runs, tiny, data):
     panel.upload.value = ({'name': '../<u>.png', 'type': 'image/png', 'size': len(content), 'content': memoryview(content), 'last_modified': datetime.now(timezone.utc)},)
     assert panel.preview.value.count('<img') == 3 and '<u>' not in panel.preview.value
     assert [Path(p).name for p in ask(panel)['picture']] == ['0.png', '1.png', '<u>.png'] and panel.preview.value.count('shown before') == 3
+    panel.path.value = str(data.with_name('3.png'))
+    assert 'New conversation starts over' in panel.preview.value
+    panel.path.value = str(data.parent)
+    assert 'starts over' not in panel.preview.value
+    panel.files.value = (str(data.with_name('0.png')), str(data.with_name('1.png')))
     assert ask(panel, 'And?')['picture'] == [] and [len(e.pictures) for e in panel.history] == [3, 0]
     panel.anew.click()
     assert len(ask(panel)['picture']) == 3

@@ -111,7 +111,7 @@ def test_beside_the_field_while_typing(panel, name, text, said):
     if said is None: assert panel.wrong == {}; return # two processes on the CPU are fine
     assert list(panel.wrong) == [name] and said in panel.rows[name].wrong
     assert '✗' in panel.rows[name].note.value and 'role="alert"' in panel.rows[name].note.value
-    assert panel.go.disabled and 'It rests: ' in panel.why.value and panel.script == ''
+    assert panel.go.disabled and 'Launch is off: ' in panel.why.value and panel.script == ''
     panel.go.click(); panel.join()
     assert panel.run is None and panel.said.startswith('Nothing was launched. ')
 

@@ -390,6 +390,23 @@ def test_what_cannot_be_opened_is_said(tmp_path):
     (tmp_path/'.annotating.json').write_text('[]')
     assert 'not a note of this panel' in AnnotatePanel(str(tmp_path)).said
 
+def test_nothing_left_to_train_on_is_said(tmp_path):
+    album = Album(album_of(tmp_path, 1))
+    name, = album.pictures()
+    album.write(name, [('What?', 'A thing.')])
+    panel = AnnotatePanel(str(tmp_path))
+    assert panel.said == '1 of 1 pictures have an entry. Check the file next.'
+    panel.share.value = .9
+    assert chosen(name, .9) and panel.said.startswith('All entries are held out: nothing is left in train.json')
+    panel.share.value = 0
+    assert 'Check the file next' in panel.said and len(saved(tmp_path)) == 1
+
+def test_a_tall_picture_does_not_push_the_buttons_away(tmp_path):
+    Image.new('RGB', (100, 900)).save(album_of(tmp_path, 1)/'tall.png')
+    panel = AnnotatePanel(str(tmp_path))
+    panel.names.value = 'tall.png'
+    assert 'width:39px' in panel.view.value # 71 x 640 stored small, shown 360 high
+
 def test_neither_panel_stumbles_over_its_buttons_when_empty():
     panel = AnnotatePanel()
     panel.share.value = .2
