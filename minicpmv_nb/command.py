@@ -190,6 +190,7 @@ def _doctor_arguments(p)->None:
 
 def _doctor(a, rest, p)->int:
     if a.gpus is not None and a.gpus < 1: p.error('--gpus must be positive')
+    if sys.stderr.isatty(): print('looking at this machine ...', file=sys.stderr) # importing the libraries takes seconds
     from minicpmv_nb.diagnosis import doctor
     found = doctor(a.folder, a.gpus)
     print(found)

@@ -63,7 +63,7 @@ def hand_on(self)->None:
     fill = dict(data=_to_data, config=_to_config, merge=_to_merge, chat=_to_chat).get(self.step)
     if fill: fill(self)
 
-def _fresh(w:Workbench, field:str, now:str|None, new:str|None)->bool: # Whether a field shall be filled in; remembers with what
+def _fresh(w:Workbench, field:str, now, new)->bool: # Whether a field shall be filled in; remembers with what
     if not new or new == now or now and now != w.given.get(field): return False
     w.given[field] = new
     return True
@@ -72,10 +72,13 @@ def _to_data(w:Workbench)->None: # The file that was written
     written = w.annotate.values()['file']
     if written and Path(written).is_file() and _fresh(w, 'data', w.data.path.value, written): w.data.path.value = written
 
-def _to_config(w:Workbench)->None: # Data and checkpoint
+_CHECKED_WITH = ('max_slice_nums', 'model_max_length', 'extra_image_tags', 'check_pixels') # Settings of a check, which the run shall share
+
+def _to_config(w:Workbench)->None: # Data and checkpoint, and what the data was checked with
     _to_data(w)
     written, known = w.annotate.values(), w.config.values()
     wanted = dict(model_name_or_path=w.data.model.value, data_path=w.data.path.value, eval_data_path=written['eval_file'] if w.data.path.value == written['file'] else None)
+    if w.data.checked: wanted |= {name: w.data.values()[name] for name in _CHECKED_WITH}
     fresh = {name: value for name, value in wanted.items() if _fresh(w, name, known.get(name), value)}
     if fresh: w.config.set(**fresh)
 

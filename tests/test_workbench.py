@@ -51,3 +51,14 @@ def test_merged_is_what_is_asked(bench, tiny, tmp_path):
     bench.merged(bench.merge.done)
     bench.go_to('chat')
     assert bench.chat.tuned.value == 'runs/first/merged'
+
+def test_a_run_cuts_pictures_as_the_check_did_unless_something_else_was_typed(bench):
+    def checked(slices): # What the settings have after a check with so many
+        bench.go_to('data')
+        bench.data.slices.value = slices
+        bench.data.go.click(); bench.data.join()
+        bench.go_to('config')
+        return bench.config.config.max_slice_nums
+    assert [checked(n) for n in (4, 6)] == [4, 6] and bench.config.config.model_max_length == 2048
+    bench.config.set(max_slice_nums=2)
+    assert checked(5) == 2
