@@ -443,7 +443,9 @@ def better_values(
 )->list[tuple]: # (field, better value, reason)
     "What `recommended` would replace: values of the guide that are known to hurt."
     guide = GUIDE | dict(lora_target_modules=DEFAULTS['lora_target_modules'], lora_alpha=DEFAULTS['lora_alpha'], bf16=False)
-    return [b for b in BETTER['all'] + BETTER['lora' if cfg.use_lora else 'full'] if getattr(cfg, b[0]) == guide.get(b[0]) and getattr(cfg, b[0]) != b[1]]
+    known = BETTER['all'] + BETTER['lora' if cfg.use_lora else 'full']
+    better = [(name, 2*cfg.lora_r if name == 'lora_alpha' else value, why) for name, value, why in known] # 128 stands for the guide's rank of 64
+    return [b for b in better if getattr(cfg, b[0]) == guide.get(b[0]) and getattr(cfg, b[0]) != b[1]]
 
 def recommended(
     cfg:Config, # From `lora`, `qlora`, `full` or a script

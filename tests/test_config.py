@@ -254,6 +254,9 @@ def test_recommended_replaces_the_guides_values_and_says_why(capsys):
     assert 'save_steps: 10 -> 200: every 10 steps is a checkpoint every few minutes' in said and not any(line.startswith('learning_rate') for line in said)
     assert recommended(cfg) == cfg
 
+@pytest.mark.parametrize('rank, alpha', [(8, 16), (32, 64), (64, 128)])
+def test_recommended_alpha_follows_the_rank(rank, alpha): assert recommended(lora('m', 'd', lora_r=rank)).lora_alpha == alpha
+
 def test_recommended_leaves_alone_what_it_is_told_to():
     cfg = lora('m', 'd')
     assert recommended(cfg, keep={'learning_rate'}) == replace(recommended(cfg), learning_rate=cfg.learning_rate)
