@@ -368,6 +368,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                           'minicpmv_nb.config_panel._processes': ( 'config_panel.html#_processes',
                                                                                    'minicpmv_nb/config_panel.py'),
                                           'minicpmv_nb.config_panel._put': ('config_panel.html#_put', 'minicpmv_nb/config_panel.py'),
+                                          'minicpmv_nb.config_panel._ranked': ('config_panel.html#_ranked', 'minicpmv_nb/config_panel.py'),
                                           'minicpmv_nb.config_panel._rebase': ('config_panel.html#_rebase', 'minicpmv_nb/config_panel.py'),
                                           'minicpmv_nb.config_panel._refresh': ( 'config_panel.html#_refresh',
                                                                                  'minicpmv_nb/config_panel.py'),

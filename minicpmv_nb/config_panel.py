@@ -472,8 +472,12 @@ def _guide(self)->Config: # The preset for the method and paths of the form
     method = 'full' if not shown['use_lora'] else 'qlora' if shown['q_lora'] else 'lora'
     return PRESETS[method](*(shown[name] for name in PATHS))
 
+def _ranked(self)->Config: # The preset with the rank of the form, on which a recommended value depends
+    rank = _shown(self)['lora_r']
+    return replace(_guide(self), lora_r=rank) if isinstance(rank, int) and rank > 0 else _guide(self)
+
 def _base(self)->dict: # What the form starts from
-    return vars(_better(_guide(self)) if self.source.value else _guide(self))
+    return vars(replace(_better(_ranked(self)), lora_r=_guide(self).lora_r) if self.source.value else _guide(self)) # the rank itself stays as it is
 
 def _put(self, values:dict)->None: # Show values, judging nothing yet
     self.quiet, together = True, _shown(self) | values
@@ -524,7 +528,7 @@ def _list_notes(self, notes:list[str])->None: self.notes.value = ''.join(f'<div 
 # %% ../nbs/20_config_panel.ipynb #e9edec0e
 def _tell_rows(self)->None: # What stands beside them
     guide = _guide(self)
-    better = better_values(guide)
+    better = better_values(_ranked(self))
     reasons = {name: (value, why) for name, value, why in better}
     def hint(name, value): # How a value differs from the guide's, or should
         if name in (*PATHS, 'use_lora', 'q_lora'): return None
@@ -587,7 +591,7 @@ def _slowly(self, cfg:Config, gpus:int)->None: # In the thread
 ConfigPanel.refresh = _refresh
 
 # %% ../nbs/20_config_panel.ipynb #340bf263
-FIRST = ('use_lora', 'q_lora', *PATHS) # On which the base depends
+FIRST = ('use_lora', 'q_lora', 'lora_r', *PATHS) # On which the base depends
 
 def _config(self)->Config: # What the form says
     "The configuration. Raises `ValueError` when a value or a combination cannot work."
@@ -622,7 +626,7 @@ def _show(self,
     values = {name: str(v) if isinstance(v, Path) else v for name, v in vars(cfg).items()}
     with self.lock:
         _put(self, {name: values[name] for name in FIRST})
-        self.quiet, self.source.value = True, all(values[name] == v for name, v, _ in better_values(_guide(self)))
+        self.quiet, self.source.value = True, all(values[name] == v for name, v, _ in better_values(_ranked(self)))
         self.base = _base(self)
         _put(self, values)
         self.refresh()

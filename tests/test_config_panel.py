@@ -6,7 +6,7 @@ from datetime import datetime, timezone
 import pytest
 
 from support import SCRIPTS, entry, write_data
-from minicpmv_nb.config import NAMES, _rules, Config, better_values, documented, faults, from_script, full, lora, named_fields, qlora, save_config
+from minicpmv_nb.config import NAMES, _rules, Config, better_values, documented, faults, from_script, full, lora, named_fields, qlora, recommended, save_config
 from minicpmv_nb.config_panel import PRESETS, ConfigPanel, Later, MemoryPanel, as_code, count_steps, make_rows, read_settings
 from minicpmv_nb.diagnosis import Machine
 from minicpmv_nb.jobs import launch
@@ -259,3 +259,20 @@ def test_launched_by_the_button(panel, tmp_path, monkeypatch):
     panel.run.wait(300)
     assert panel.run.status()['steps'] == count_steps(panel.run.config, 24, 1)[1] == 5 # 24 entries, 5 batches, 3 steps a pass
     assert panel.run.config.num_train_epochs == 1.5 and (panel.run.final/'adapter_model.safetensors').is_file()
+
+def test_the_recommended_alpha_follows_the_rank(tiny):
+    panel = ConfigPanel(delay=0)
+    alpha = lambda: panel.config.lora_alpha
+    panel.rows['lora_r'].widgets[0].value = '8'
+    assert (panel.config.lora_r, alpha()) == (8, 16)
+    panel.rows['lora_r'].widgets[0].value = 'eight'
+    panel.rows['lora_r'].widgets[0].value = '32'
+    assert alpha() == 64
+    panel.set(lora_r=16, lora_alpha=7)
+    assert (panel.config.lora_r, alpha()) == (16, 7)
+    panel.set(lora_r=4)
+    assert alpha() == 7 # chosen by hand
+    panel.show(recommended(lora('', '', lora_r=8)))
+    assert panel.source.value and (panel.config.lora_r, alpha()) == (8, 16)
+    panel.source.value = False
+    assert (panel.config.lora_r, alpha()) == (8, 64) and panel.values()['lora_r'] == 8
