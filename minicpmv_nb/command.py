@@ -7,7 +7,7 @@ __all__ = ['COMMON', 'COMMANDS', 'RAISE', 'METHODS', 'NO_DATA', 'WORDS', 'docmen
            'sentence', 'main', 'configure', 'progress', 'progress_line', 'follow', 'run_table', 'converse']
 
 # %% ../nbs/24_command.ipynb #76f001ab
-import argparse, difflib, json, opcode, os, re, shutil, statistics, sys, textwrap, time, warnings
+import argparse, difflib, json, opcode, os, re, shlex, shutil, statistics, sys, textwrap, time, warnings
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -122,7 +122,7 @@ def _dispatch(argv:list[str])->int:
     sys.stdout.flush()
     return code
 
-_SPOKEN = ((r"Run\.attach\('([^']*)'\)\.resume\(\)", r'minicpmv_nb watch \1 --resume'), (r'Chat\.load\(base, adapter\) or merge\(base, adapter, out\)', 'minicpmv_nb chat BASE --adapter ADAPTER'))
+_SPOKEN = ((r"Run\.attach\('([^']*)'\)\.resume\(\)", lambda m: f'minicpmv_nb watch {shlex.quote(m[1])} --resume'), (r'Chat\.load\(base, adapter\) or merge\(base, adapter, out\)', 'minicpmv_nb chat BASE --adapter ADAPTER or minicpmv_nb merge BASE ADAPTER OUT'))
 
 def _as_typed(said:str)->str: # A fix in Python, as flags
     for python, flags in _SPOKEN: said = re.sub(python, flags, said)
@@ -237,7 +237,7 @@ def _config_arguments(p)->None:
 
 def _asked(a, rest, p, **defaults)->Config: # A configuration, or exit code 2
     try: return configure(a, rest, **defaults)
-    except (TypeError, ValueError) as e: p.error(str(e))
+    except (TypeError, ValueError) as e: p.error(_as_typed(str(e)))
 
 def _estimate(a, rest, p)->None:
     cfg = _asked(a, rest, p, data_path=NO_DATA)

@@ -64,7 +64,8 @@ def hand_on(self)->None:
     if fill: fill(self)
 
 def _fresh(w:Workbench, field:str, now, new)->bool: # Whether a field shall be filled in; remembers with what
-    if not new or new == now or now and now != w.given.get(field): return False
+    empty = (None, '')
+    if new in empty or new == now or now not in empty and now != w.given.get(field): return False
     w.given[field] = new
     return True
 
@@ -78,7 +79,10 @@ def _to_config(w:Workbench)->None: # Data and checkpoint, and what the data was 
     _to_data(w)
     written, known = w.annotate.values(), w.config.values()
     wanted = dict(model_name_or_path=w.data.model.value, data_path=w.data.path.value, eval_data_path=written['eval_file'] if w.data.path.value == written['file'] else None)
-    if w.data.checked: wanted |= {name: w.data.values()[name] for name in _CHECKED_WITH}
+    if w.data.checked:
+        wanted |= {name: w.data.values()[name] for name in _CHECKED_WITH}
+        known |= {name: w.config.rows[name].read()[name] for name in _CHECKED_WITH}
+        for name in _CHECKED_WITH: w.given.setdefault(name, w.config.base[name]) # where the form starts from was not typed
     fresh = {name: value for name, value in wanted.items() if _fresh(w, name, known.get(name), value)}
     if fresh: w.config.set(**fresh)
 

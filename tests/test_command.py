@@ -69,7 +69,7 @@ def test_modules_still_run(module): assert 'usage' in subprocess.run([sys.execut
 @pytest.mark.parametrize('python, typed', [
     ('train on the others with bad_samples="skip".', 'train on the others with --bad_samples skip.'),
     ('Set gpus=1, or use_cpu=True to run 8 processes.', 'Set --gpus 1, or --use_cpu True to run 8 processes.'),
-    ("or go on with Run.attach('/a b/r').resume().", 'or go on with minicpmv_nb watch /a b/r --resume.'),
+    ("or go on with Run.attach('/a b/r').resume().", "or go on with minicpmv_nb watch '/a b/r' --resume."),
     ('no_field=1 and nothing else', 'no_field=1 and nothing else')])
 def test_fixes_are_spelled_for_the_terminal(python, typed): assert command._as_typed(python) == typed
 

@@ -60,5 +60,10 @@ def test_a_run_cuts_pictures_as_the_check_did_unless_something_else_was_typed(be
         bench.go_to('config')
         return bench.config.config.max_slice_nums
     assert [checked(n) for n in (4, 6)] == [4, 6] and bench.config.config.model_max_length == 2048
-    bench.config.set(max_slice_nums=2)
-    assert checked(5) == 2
+    bench.data.pixels.value = True
+    assert checked(6) == 6 and bench.config.config.check_pixels
+    bench.data.pixels.value = False
+    assert checked(6) == 6 and not bench.config.config.check_pixels
+    for typed in (2, 9): # 9 is where the form began
+        bench.config.set(max_slice_nums=typed)
+        assert checked(5) == typed
