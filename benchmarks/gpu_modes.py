@@ -20,6 +20,7 @@ ZERO = {'': {}, 'zero2': dict(deepspeed='ds_config_zero2.json'), 'zero3': dict(d
     'zero3-offload': dict(deepspeed='ds_config_zero3.json', offload='all')}
 MODES = {f'{method}-{zero}'.strip('-'): (method, changes) for method in ('lora', 'qlora', 'full') for zero, changes in ZERO.items()}
 TINY = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=4) # weights are most of what a process holds
+DATA = dict(published=(500, 1344), tiny=(40, 200)) # Words of an answer, pixels of a picture's side
 TEXT = 'What is shown here, and what is written below it? A red dot on white paper, and a line of text that nobody can read.'
 
 
@@ -30,6 +31,7 @@ def make_checkpoint(
     family:str, # A key of `FAMILIES`
     scale:str, # `published`: the published sizes; `tiny`
     layers:int|None=None, # Of the language model; None: all
+    weights:bool=True, # False: only what `estimate` reads
 )->Path: # A checkpoint with random weights
     "Write tokenizer, settings and random weights. Nothing is downloaded."
     tiny_checkpoint(folder, [TEXT], family, **TINY if scale == 'tiny' else {})
@@ -39,7 +41,7 @@ def make_checkpoint(
     (folder/'config.json').write_text(json.dumps(sizes, indent=1))
     if FAMILIES[family].processor_file: (folder/'preprocessor_config.json').write_text(json.dumps(processor_settings(sizes, FAMILIES[family])))
     (folder/'model.safetensors').unlink()
-    write_weights(folder, sizes, FAMILIES[family].left_out)
+    if weights: write_weights(folder, sizes, FAMILIES[family].left_out)
     return folder
 
 def write_weights(
@@ -102,13 +104,7 @@ class Watch(TrainerCallback):
 
 def rank()->None:
     "What torchrun starts instead of `minicpmv_nb.training`."
-    make = training.make_trainer
-    def make_trainer(cfg):
-        trainer = make(cfg)
-        trainer.add_callback(Watch())
-        return trainer
-    training.make_trainer = make_trainer
-    training.main()
+    training.main(callbacks=(Watch,))
 
 
 # --- a mode ----------------------------------------------------------------------------------------------------------
@@ -116,20 +112,23 @@ def rank()->None:
 def configure(mode:str, base:Path, data:Path, out:Path, args)->config.Config:
     "The run of a mode: the guide's numbers, a few steps, nothing saved on the way."
     method, changes = MODES[mode]
-    cfg = getattr(config, method)(str(base), str(data), **dict(deepspeed=None) | changes, bf16=True, fp16=False, use_cpu=not torch.cuda.is_available(), gpus=args.gpus, tune_vision=False, max_steps=args.steps,
-        gradient_accumulation_steps=1, save_strategy='no', report_to='none', dataloader_num_workers=2 if torch.cuda.is_available() else 0, output_dir=str(out/mode))
+    cfg = getattr(config, method)(str(base), str(data), **dict(deepspeed=None) | changes, bf16=True, fp16=False, use_cpu=not args.gpu, gpus=args.gpus, tune_vision=False, max_steps=args.steps,
+        gradient_accumulation_steps=1, save_strategy='no', report_to='none', dataloader_num_workers=2 if args.gpu else 0, output_dir=str(out/mode))
     if args.scale != 'tiny' or not cfg.deepspeed: return cfg
     given = deepspeed_json(cfg)
     given['zero_optimization']['reduce_bucket_size'] = 2_000_000 # ours would be all of such a small model
     (out/f'{mode}.json').write_text(json.dumps(given))
     return replace(cfg, deepspeed=str(out/f'{mode}.json'), offload='none')
 
-def too_much(e:Estimate)->str|None:
+def too_much(
+    e:Estimate, # Of the mode
+    ram:float|None, # GB of the machine's memory; None: what is free now
+)->str|None:
     "Why a mode is not tried here."
     import psutil
     there = torch.cuda.get_device_properties(0).total_memory/1e9 if torch.cuda.is_available() else float('inf')
     if e.total + 1 > there: return f'needs {e.total:.0f} GB on a GPU that has {there:.0f}'
-    if e.host*e.gpus > psutil.virtual_memory().available/1e9: return f'needs {e.host*e.gpus:.0f} GB of the machine\'s memory'
+    if e.host*e.gpus > (ram or psutil.virtual_memory().available/1e9): return f'needs {e.host*e.gpus:.0f} GB of the machine\'s memory'
 
 def expected(e:Estimate, stage:int, gpu:bool)->dict:
     "GB: the peak of loading and of training; on a CPU what is there behind a step, with what is offloaded. The buckets of DDP are held by C++, which `held` cannot see."
@@ -142,20 +141,38 @@ def measure(mode:str, base:Path, data:Path, out:Path, args)->dict:
     cfg = configure(mode, base, data, out, args)
     e = estimate(cfg)
     row = dict(mode=mode, gpus=args.gpus, estimate=e.together, host=e.host)
-    if why := too_much(e): return row | dict(failed=f'not run: {why}')
+    if why := too_much(e, args.ram): return row | dict(failed=f'not run: {why}')
     run = launch(cfg, start=False)
     script = run.file('run.sh')
     script.write_text(script.read_text().replace('-m minicpmv_nb.training', shlex.quote(str(HERE/'gpu_modes.py'))))
+    start = time.time()
     with open(run.file('log.txt'), 'w') as log: code = subprocess.run(['bash', str(script)], stdout=log, stderr=subprocess.STDOUT).returncode
-    if code: return row | dict(failed=run.status().get('error') or run.log(3))
-    return row | summary([json.loads(f.read_text()) for f in sorted(run.folder.glob('watched-*.json'))], expected(e, zero_stage(cfg), torch.cuda.is_available()), read_metrics(run.folder))
+    row |= dict(seconds=time.time() - start)
+    if not cfg.use_lora: shutil.rmtree(run.final, ignore_errors=True) # as large as the model
+    if code: return row | dict(failed=run.status().get('error') or run.log(3), log=run.log(60))
+    row |= summary([json.loads(f.read_text()) for f in sorted(run.folder.glob('watched-*.json'))])
+    return row | beside(row, expected(e, zero_stage(cfg), args.gpu)) | dict(losses=[m['loss'] for m in read_metrics(run.folder) if 'loss' in m])
 
-def summary(watched:list[dict], want:dict, metrics:list[dict])->dict:
-    "The worst rank's memory, beside what was expected; the median time of a step, without the first."
+def summary(watched:list[dict])->dict:
+    "The worst rank's memory; the median time of a step, without the first."
     have = dict(loading=max(w['loading'] for w in watched)/1e9, training=max(s['peak'] for w in watched for s in w['steps'])/1e9)
     steps = [s['seconds'] for s in watched[0]['steps'][1:]]
-    return dict(seconds_per_step=statistics.median(steps), measured=have, expected=want, difference=want['training']/have['training']-1, reserved=max(s['reserved'] for w in watched for s in w['steps'])/1e9,
-        losses=[m['loss'] for m in metrics if 'loss' in m])
+    return dict(seconds_per_step=statistics.median(steps), measured=have, reserved=max(s['reserved'] for w in watched for s in w['steps'])/1e9)
+
+def beside(row:dict, want:dict)->dict:
+    "What was expected, and how far it is from what was measured."
+    return dict(expected=want, difference=want['training']/row['measured']['training']-1)
+
+def estimates(found:dict, work:Path)->list[dict]:
+    "The rows of a result, with what `estimate` says of them today. No GPU is needed."
+    args = argparse.Namespace(**{k: found[k] for k in ('gpu', 'gpus', 'scale', 'steps')})
+    base, data = make_checkpoint(work/'base', found['family'], found['scale'], found['layers'], weights=False), make_data(work/'data', *DATA[found['scale']])
+    rows = []
+    for row in found['rows']:
+        cfg = configure(row['mode'], base, data, work, args)
+        e = estimate(cfg)
+        rows.append(row | dict(estimate=e.together, host=e.host) | (beside(row, expected(e, zero_stage(cfg), args.gpu)) if 'measured' in row else {}))
+    return rows
 
 
 # --- the result ------------------------------------------------------------------------------------------------------
@@ -170,17 +187,20 @@ def table(rows:list[dict], gpu:bool)->str:
         lines.append((r['mode'], str(r['gpus']), f'{r["seconds_per_step"]:.2f}', number(r['measured']['training']), number(r['expected']['training']), f'{r["difference"]:+.1%}', f'{r["reserved"]:.2f}'))
     return '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines)
 
-def write(rows:list[dict], args, folder:Path)->Path:
-    "A JSON file and a markdown table, named after the device."
+def described(args)->dict:
+    "Where and how it was measured."
     from importlib.metadata import version
-    gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if gpu else 'CPU'
-    name = (device.replace(' ', '-') if gpu else 'cpu') + ('' if args.scale == 'published' else '-tiny') + (f'-{args.layers}-layers' if args.layers else '')
-    facts = dict(device=device, family=args.family, scale=args.scale, layers=args.layers, steps=args.steps, versions={p: version(p) for p in ('torch', 'transformers', 'peft', 'deepspeed', 'bitsandbytes')})
-    said = '' if gpu else 'Made without a GPU, on a checkpoint of toy size: it shows that the script and the estimate agree on what a process holds. It says nothing about the memory or speed of a GPU.\n\n'
+    return dict(device=torch.cuda.get_device_name() if args.gpu else 'CPU', gpu=args.gpu, gpus=args.gpus, family=args.family, scale=args.scale, layers=args.layers, steps=args.steps,
+        versions={p: version(p) for p in ('torch', 'transformers', 'peft', 'deepspeed', 'bitsandbytes')})
+
+def write(rows:list[dict], facts:dict, folder:Path)->Path:
+    "A JSON file and a markdown table, named after the device."
+    name = (facts['device'].replace(' ', '-') if facts['gpu'] else 'cpu') + ('' if facts['scale'] == 'published' else '-tiny') + (f'-{facts["layers"]}-layers' if facts['layers'] else '')
+    said = '' if facts['gpu'] else 'Made without a GPU, on a checkpoint of toy size: it shows that the script and the estimate agree on what a process holds. It says nothing about the memory or speed of a GPU.\n\n'
+    sizes = f'{facts["scale"]} sizes' + (f', {facts["layers"]} layers of the language model' if facts['layers'] else '')
     folder.mkdir(parents=True, exist_ok=True)
     (folder/f'{name}.json').write_text(json.dumps(facts | dict(rows=rows), indent=1) + '\n')
-    (folder/f'{name}.md').write_text(f'# {device}, MiniCPM-V {args.family}, {args.scale} sizes\n\n{said}{table(rows, gpu)}\n\n' + ', '.join(f'{k} {v}' for k, v in facts['versions'].items()) + '\n')
+    (folder/f'{name}.md').write_text(f'# {facts["device"]}, MiniCPM-V {facts["family"]}, {sizes}\n\n{said}{table(rows, facts["gpu"])}\n\n' + ', '.join(f'{k} {v}' for k, v in facts['versions'].items()) + '\n')
     return folder/f'{name}.md'
 
 def arguments()->argparse.Namespace:
@@ -191,22 +211,34 @@ def arguments()->argparse.Namespace:
     parser.add_argument('--layers', type=int, help='of the language model, where all are too many')
     parser.add_argument('--gpus', type=int, default=1, help='processes; on a CPU as well')
     parser.add_argument('--steps', type=int, default=6)
+    parser.add_argument('--ram', type=float, metavar='GB', help='memory of the machine, where less is shown until it is used')
     parser.add_argument('--work', type=Path, default=Path('benchmark_work'), help='for checkpoint and runs; removed at the start')
     parser.add_argument('--out', type=Path, default=HERE/'results')
+    parser.add_argument('--again', type=Path, metavar='RESULT', help='measure nothing: put what `estimate` says today into a result (.json)')
     return parser.parse_args()
+
+def renew(args, work:Path)->Path:
+    "The estimates of a result, as they are today."
+    facts = json.loads(args.again.read_text())
+    rows = estimates(facts, work)
+    return write(rows, {k: v for k, v in facts.items() if k != 'rows'}, args.out)
+
+def measure_all(args, work:Path)->Path:
+    "Every mode; what is there survives the rest."
+    base, data, rows = make_checkpoint(work/'base', args.family, args.scale, args.layers), make_data(work/'data', *DATA[args.scale]), []
+    for mode in args.modes:
+        rows.append(measure(mode, base, data, work, args))
+        print(table(rows[-1:], args.gpu).splitlines()[-1], flush=True)
+        file = write(rows, described(args), args.out)
+    return file
 
 def main()->None:
     args = arguments()
-    work = args.work.absolute()
-    shutil.rmtree(work, ignore_errors=True)
-    base = make_checkpoint(work/'base', args.family, args.scale, args.layers)
-    data = make_data(work/'data', *((500, 1344) if args.scale == 'published' else (40, 200)))
-    rows = []
-    for mode in args.modes:
-        rows.append(measure(mode, base, data, work, args))
-        print(table(rows[-1:], torch.cuda.is_available()).splitlines()[-1], flush=True)
-        write(rows, args, args.out) # what is there survives the rest
-    print(write(rows, args, args.out))
+    args.gpu, work = torch.cuda.is_available(), args.work.absolute()
+    shutil.rmtree(work, ignore_errors=True); work.mkdir(parents=True)
+    file = (renew if args.again else measure_all)(args, work)
+    print(file)
+    sys.exit(any('log' in r for r in json.loads(file.with_suffix('.json').read_text())['rows']))
 
 
 if __name__ == '__main__': rank() if 'RANK' in os.environ else main()

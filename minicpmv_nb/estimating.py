@@ -278,8 +278,9 @@ def _buffers(cfg:Config, stage:int, ranks:int, n:dict, width:int, widest:int)->t
     bucket = float(zero.get('reduce_bucket_size', 5e8))*width/1e9
     spare = widest*width/1e9 if offloaded(cfg) != 'none' else 0.0 # for one gradient on its way out
     if stage < 3: return bucket + spare, spare
-    all_weights = memory(**n, stage=2, width=width)['weights']
-    return bucket + min(all_weights, float(zero.get('stage3_max_live_parameters', 1e9))*width/1e9), bucket
+    elsewhere = ranks > 1 or offloaded(cfg) == 'all' # otherwise there is nothing to gather
+    gathered = min(memory(**n, stage=2, width=width)['weights'], float(zero.get('stage3_max_live_parameters', 1e9))*width/1e9) if elsewhere else 0.0
+    return bucket + gathered, bucket
 
 def _host(config:dict, cfg:Config, ranks:int)->float: # GB that each process keeps in the memory of the machine: optimiser, gradients in float32, and what goes to and from the GPU
     if offloaded(cfg) == 'none': return 0.0

@@ -553,10 +553,11 @@ def train(
     cfg:Config, # What to do; `output_dir` is the run folder
     stop:Stop|None=None, # For a process of its own: what SIGTERM does
     pulse:Pulse|None=None, # The same for a rank that hangs
+    callbacks:tuple=(), # Of transformers' Trainer, or classes of them, which are made when everything is loaded
 )->Path|None: # `final` in the run folder; None when stopped before the end
     "Train in this process, as one rank of a job or alone."
     cfg = with_folder(cfg)
-    trainer = _start(cfg, [guard for guard in (stop, pulse) if guard])
+    trainer = _start(cfg, [guard for guard in (stop, pulse) if guard] + list(callbacks))
     start = newest_checkpoint(cfg.output_dir) if cfg.resume_from_checkpoint == 'auto' else cfg.resume_from_checkpoint
     if start: say(f'resuming from {start}')
     trainer.train(resume_from_checkpoint=str(start) if start else None)
@@ -569,13 +570,13 @@ def train(
     if pulse: pulse.over.set()
     return final
 
-def _start(cfg:Config, guards:list)->FineTuner: # Ready to train, its folder claimed
+def _start(cfg:Config, callbacks:list)->FineTuner: # Ready to train, its folder claimed
     from transformers.trainer_callback import PrinterCallback
     refuse_foreign(cfg.output_dir)
     Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
     trainer = make_trainer(cfg)
     trainer.remove_callback(PrinterCallback)
-    for guard in guards: trainer.add_callback(guard)
+    for callback in callbacks: trainer.add_callback(callback)
     if trainer.args.should_save and not (Path(cfg.output_dir)/'config.json').is_file(): save_config(cfg, Path(cfg.output_dir)/'config.json', **facts(cfg, trainer.commit))
     print(f'rank {trainer.args.process_index} of {trainer.args.world_size}, process {os.getpid()}, {trainer.args.device}, ZeRO stage {zero_stage(cfg)}', flush=True)
     if trainer.args.should_save: _claim(cfg.output_dir)
@@ -615,14 +616,15 @@ def _leave()->None: # A thread that some library left behind can abort a process
 def main(
     argv:list[str]|None=None, # Flags; None: the command line's
     own:bool=False, # Whether this process is there for the run alone: SIGTERM stops the run, a rank that hangs ends the process
+    callbacks:tuple=(), # As of `train`
 )->None:
     "Train as the flags say."
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ('-h', '--help'): return print('usage: python -m minicpmv_nb.training --flag value ...   (one rank of a run; torchrun starts several)\n\n' + flag_help())
     if 'TORCHELASTIC_RUN_ID' in os.environ: _end_with_torchrun()
     cfg = with_folder(from_flags(argv))
-    guards = (Stop(cfg.output_dir).listen(), Pulse(cfg.output_dir, cfg.hang_timeout)) if own else ()
-    try: train(cfg, *guards)
+    guards = dict(stop=Stop(cfg.output_dir).listen(), pulse=Pulse(cfg.output_dir, cfg.hang_timeout)) if own else {}
+    try: train(cfg, **guards, callbacks=callbacks)
     except (Exception, KeyboardInterrupt) as error:
         record_failure(cfg.output_dir, error)
         raise

@@ -1,4 +1,4 @@
-"`minicpmv_nb.training` that counts the bytes of all tensors of its process: behind the second backward pass, and behind the step. They end up in held-RANK.json of the run folder."
+"Training that counts the bytes of all tensors of its process: behind the second backward pass, and behind the step. They end up in held-RANK.json of the run folder."
 import gc, json, os
 from pathlib import Path
 
@@ -30,9 +30,4 @@ def counted_step(self, *args, **kwargs):
     return step(self, *args, **kwargs)
 deepspeed.DeepSpeedEngine.step = counted_step
 
-make = training.make_trainer
-def make_trainer(cfg):
-    trainer = make(cfg)
-    trainer.add_callback(Count())
-    return trainer
-training.make_trainer = make_trainer
+def main(argv:list[str])->None: training.main(argv, callbacks=(Count,))

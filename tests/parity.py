@@ -1,4 +1,4 @@
-"""Compare this package with outputs of the original code: `python tests/parity.py FOLDER`.
+"""Compare this package with outputs of the original code: `python tests/parity.py FOLDER`, on a GPU with `--device cuda`.
 
 FOLDER is a checkpoint in official layout that also has inputs.npz, outputs.npz and meta.json (goldens/README.md says what is in them).
 Prints the largest differences of each case; exits 1 beyond 1e-4 or on any other difference. The batched cases of 2.5 are left out:
@@ -42,7 +42,12 @@ def record(model)->dict:
     model.resampler.register_forward_hook(lambda m, i, out: kept.update(resampler=out.detach().clone()))
     return kept
 
-def gap(ours, theirs)->float: return float((ours.detach().double() - torch.from_numpy(theirs).double()).abs().max())
+def beside(model, batch:dict)->dict:
+    "A batch on the model's device."
+    device = next(model.parameters()).device
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+def gap(ours, theirs)->float: return float((ours.detach().double().cpu() - torch.from_numpy(theirs).double()).abs().max())
 
 def tower_gap(kept, theirs:list[np.ndarray])->float:
     "Piece by piece. Places without a patch are compared where the tower has them: the original attends to them, too."
@@ -66,14 +71,14 @@ def grad_gaps(model, norms:dict)->tuple[float,list[str],list[str]]:
     return max(rel), out, differ
 
 def train_case(model, kept, inputs, outputs, meta, case:str)->bool:
-    batch = batch_of(inputs, case)
+    batch = beside(model, batch_of(inputs, case))
     targets, seen = torch.from_numpy(inputs[f'{case}/labels']).long(), torch.from_numpy(inputs[f'{case}/attention_mask']).bool()
     model.zero_grad(set_to_none=True)
     logits = model(**batch)['logits']
-    loss = model(**batch, shift_labels=targets)['loss']
+    loss = model(**batch, **beside(model, dict(shift_labels=targets)))['loss']
     loss.backward()
     found = dict(loss=abs(float(loss.detach()) - float(outputs[f'{case}/loss'])))
-    if f'{case}/logits' in outputs: found['logits'] = gap(logits[seen], outputs[f'{case}/logits'][seen.numpy()])
+    if f'{case}/logits' in outputs: found['logits'] = gap(logits.cpu()[seen], outputs[f'{case}/logits'][seen.numpy()])
     if (parts := golden_parts(outputs, f'{case}/resampler')) is not None: found['resampler'] = gap(kept['resampler'], np.stack(parts))
     if (parts := golden_parts(outputs, f'{case}/vpm')) is not None: found['tower'] = tower_gap(kept, parts)
     found['gradient norms'], left_out, differ = grad_gaps(model, meta['grad_norms'][case])
@@ -107,7 +112,7 @@ def infer_case(model, folder:Path, inputs, outputs, meta)->bool:
         same = ours == once
         encoded = Encoded(theirs, [-100]*len(theirs), image_bounds(theirs, processor), encoded.plans) # of 2.5 the original saw two BOS
         batch = collate([dict(encoded=encoded, **picture_tensors(shown, encoded.plans), id=str(row))], pad_id=0)
-        kept = {k: v for k, v in batch.items() if k not in ('labels', 'ids')}
+        kept = beside(model, {k: v for k, v in batch.items() if k not in ('labels', 'ids')})
         with torch.no_grad(): last = gap(model(**kept)['logits'][0, -1], outputs['infer/last_logits'][row])
         want = outputs['infer/greedy_ids'][row].tolist()
         said = generate(model, kept, end_ids=[], max_new_tokens=len(want))
@@ -124,20 +129,21 @@ def video_case(model, inputs, outputs, meta)->bool:
     "Frames in groups, alone and beside a picture (the first of `single1`), and the groups placed among tokens of id 0."
     groups, number = meta['inference']['temporal_groups'], model.checkpoint_config['query_num']
     frames, sizes = [inputs[f'video/pixel_values_{k}'] for k in range(len(inputs['video/tgt_sizes']))], inputs['video/tgt_sizes'].tolist()
-    batch = lambda pieces, sizes: dict(pixel_values=torch.from_numpy(np.concatenate(pieces, -1))[None], target_sizes=torch.tensor(sizes), slices_per_sample=torch.tensor([len(sizes)]))
+    batch = lambda pieces, sizes: beside(model, dict(pixel_values=torch.from_numpy(np.concatenate(pieces, -1))[None], target_sizes=torch.tensor(sizes), slices_per_sample=torch.tensor([len(sizes)])))
     look = lambda b, times: model.look(b['pixel_values'], model.lay_out(b['target_sizes'], b['slices_per_sample'], times))
     with torch.no_grad():
         alone, mixed = batch(frames, sizes), batch([inputs['single1/pixel_values_0_0'], *frames], [inputs['single1/tgt_sizes_0'][0].tolist(), *sizes])
-        placed = model.embed(torch.zeros(1, 2*number+4, dtype=torch.long), **alone, image_bound=torch.tensor([[1, 1+number], [2+number, 2+2*number]]), frame_times=groups)
+        placed = model.embed(**beside(model, dict(input_ids=torch.zeros(1, 2*number+4, dtype=torch.long), image_bound=torch.tensor([[1, 1+number], [2+number, 2+2*number]]))), **alone, frame_times=groups)
         found = dict(resampler=gap(look(alone, groups), outputs['video/resampler_batch_infer_True']), beside_a_picture=gap(look(mixed, [[-1], *groups]), outputs['video/mixed_resampler_batch_infer_True']),
             embeddings=gap(placed, outputs['video/inputs_embeds']))
     print('video: ' + ', '.join(f'{k} {v:.1e}' for k, v in found.items()))
     return all(v <= LIMIT for v in found.values())
 
-def main(folder:Path)->bool:
+def main(folder:Path, device:str='cpu')->bool:
     torch.set_default_dtype(torch.float32)
+    torch.backends.cudnn.allow_tf32 = False # the convolution that makes patches would lose digits on a GPU
     inputs, outputs, meta = dict(np.load(folder/'inputs.npz')), dict(np.load(folder/'outputs.npz')), json.loads((folder/'meta.json').read_text())
-    model = load(folder).train()
+    model = load(folder, device=device).train()
     kept = record(model)
     cases = [c for c in CASES if f'{c}/input_ids' in inputs and not (c.startswith('case') and meta['version'] == '2.5')]
     results = [train_case(model, kept, inputs, outputs, meta, c) for c in cases]
@@ -150,4 +156,6 @@ def main(folder:Path)->bool:
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path)
-    sys.exit(0 if main(parser.parse_args().folder) else 1)
+    parser.add_argument('--device', default='cpu')
+    args = parser.parse_args()
+    sys.exit(0 if main(args.folder, args.device) else 1)

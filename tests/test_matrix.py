@@ -47,22 +47,14 @@ def test_ten_cells_cover_what_ten_can():
 
 class Witness(TrainerCallback):
     "At the end of training, writes down what trains, and the logits of two samples."
-    def __init__(self, trainer): self.trainer = trainer
-
-    def on_train_end(self, args, state, control, model=None, **kw):
-        batch = collate([self.trainer.train_dataset[i] for i in range(2)])
+    def on_train_end(self, args, state, control, model=None, train_dataloader=None, **kw):
+        batch = collate([train_dataloader.dataset[i] for i in range(2)])
         with torch.no_grad(): logits = model.eval()(**{k: v for k, v in batch.items() if k not in ('labels', 'ids')})['logits'] # on every rank: ZeRO-3 gathers the weights
         if args.process_index == 0: torch.save(dict(batch=batch, logits=logits, trained=[n for n, p in model.named_parameters() if p.requires_grad]), f'{args.output_dir}/witness.pt')
 
 def train_with_witness(argv):
     "To be called on a rank."
-    make = training.make_trainer
-    def make_trainer(cfg):
-        trainer = make(cfg)
-        trainer.add_callback(Witness(trainer))
-        return trainer
-    training.make_trainer = make_trainer
-    training.main(argv)
+    training.main(argv, callbacks=(Witness,))
 
 
 # --- a cell ----------------------------------------------------------------------------------------------------------

@@ -91,8 +91,8 @@ def test_nan_is_noticed(golden, monkeypatch):
 def test_frozen_parameter_is_noticed(golden, monkeypatch):
     # Losses and logits agree; only the gradient is missing.
     loaded = parity.load
-    def frozen(folder):
-        model = loaded(folder)
+    def frozen(folder, **kw):
+        model = loaded(folder, **kw)
         model.resampler.query.requires_grad_(False)
         return model
     monkeypatch.setattr(parity, 'load', frozen)
