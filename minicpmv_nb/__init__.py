@@ -11,7 +11,7 @@ logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)
 _HOMES = dict(
     config='Config lora qlora full recommended from_script', samples='Sample check DataError', prompts='Processor', model='load save tiny_checkpoint', batches='load_data', tuning='add_adapter part_table',
     quantizing='quantize', training='train', plots='plot_run plot_dashboard compare_runs', jobs='launch Run RunFailed find_runs', merging='merge', chat='Chat answer_file exact_match', estimating='estimate', diagnosis='doctor',
-    data_panel='DataPanel AnnotatePanel', config_panel='ConfigPanel', run_panel='RunPanel', answer_panels='MergePanel ChatPanel', workbench='Workbench', errors='short_errors')
+    data_panel='DataPanel', annotate_panel='AnnotatePanel', config_panel='ConfigPanel', run_panel='RunPanel', answer_panels='MergePanel ChatPanel', workbench='Workbench', errors='short_errors')
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = sorted(_HOME)
 

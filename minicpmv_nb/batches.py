@@ -25,10 +25,11 @@ def load_data(
     bad_samples:str='error', # `error`: raise with the table; `skip`: leave bad entries out
     extra_image_tags:str='report', # `literal`: a tag inside a text that is no picture of the entry is text
     decode:bool=False, # Read every pixel too, to find truncated pictures
+    watch=None, # As of `samples.counted`
 )->tuple[list[Sample],Report]: # Good samples, and the report
     "Check a file against the guide's rules and the checkpoint's length. Raises `DataError` with one row per problem, or when nothing is left."
-    samples, report = check(path, extra_image_tags, decode)
-    lengths, long = find_long(samples, processor, max_length, str(path))
+    samples, report = check(path, extra_image_tags, decode, watch)
+    lengths, long = find_long(samples, processor, max_length, str(path), watch)
     long += _thoughts(samples, str(path)) if processor.family.template.think else []
     report.problems = sorted(report.problems + long, key=lambda p: p.entry)
     bad = {p.entry for p in long}

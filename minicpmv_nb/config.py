@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['GUIDE_LORA_TARGETS', 'TYPES', 'NAMES', 'CHOICES', 'POSITIVE', 'GUIDE', 'DEFAULTS', 'ALIASES', 'OTHER_NAMES',
-           'NO_EFFECT', 'TORCHRUN', 'BETTER', 'Config', 'faults', 'named_fields', 'lora', 'qlora', 'full', 'from_flags',
-           'to_flags', 'documented', 'flag_help', 'from_script', 'zero_stage', 'offloaded', 'deepspeed_json',
-           'check_batch', 'precision_notes', 'deepspeed_notes', 'save_config', 'load_config', 'write_json',
-           'better_values', 'recommended', 'write_status', 'read_status', 'read_metrics']
+           'NO_EFFECT', 'TORCHRUN', 'BETTER', 'Config', 'kinds_of', 'faults', 'named_fields', 'nearest_name',
+           'make_config', 'lora', 'qlora', 'full', 'read_value', 'from_flags', 'to_flags', 'documented', 'flag_help',
+           'from_script', 'zero_stage', 'offloaded', 'deepspeed_json', 'check_batch', 'precision_notes',
+           'deepspeed_notes', 'save_config', 'load_config', 'write_json', 'better_values', 'recommended',
+           'write_status', 'read_status', 'read_metrics']
 
 # %% ../nbs/01_config.ipynb #51096afc
 import difflib, json, math, os, re, shlex, time
@@ -140,11 +141,14 @@ def _rules(c:Config): # Pairs of (is it wrong, what to say)
         (not 0 <= c.lora_dropout < 1, f'lora_dropout is {c.lora_dropout}: it is a probability below 1.'),
         (not 0 <= c.node_rank < c.nnodes, f'node_rank is {c.node_rank}, but there are {c.nnodes} machines, numbered from 0.')]
 
-def _kinds(name:str)->list[type]: # The types a field may have, None aside
+def kinds_of(
+    name:str, # Of a field
+)->list[type]: # None aside
+    "The types a field may have."
     return [t for t in get_args(TYPES[name]) or (TYPES[name],) if t is not type(None)]
 
 def _fits(name:str, value)->bool: # Whether a value is of the field's kind
-    kind = _kinds(name)[0]
+    kind = kinds_of(name)[0]
     if value is None: return type(None) in get_args(TYPES[name])
     return isinstance(value, {float: (int, float), str: (str, Path)}.get(kind, kind)) and (kind is bool or not isinstance(value, bool))
 
@@ -152,7 +156,7 @@ def faults(
     values:dict, # Of all fields, by name
 )->list[str]: # What to say, as `Config` would; empty when nothing is wrong
     "Everything that is wrong with the values of a configuration. Values of a wrong kind are told first: nothing else can be said of them."
-    strange = [f'{name} is {values[name]!r}: expected {_kinds(name)[0].__name__}.' for name in NAMES if not _fits(name, values[name])]
+    strange = [f'{name} is {values[name]!r}: expected {kinds_of(name)[0].__name__}.' for name in NAMES if not _fits(name, values[name])]
     if strange: return strange
     found = [f'{name} is {values[name]!r}: choose one of {", ".join(allowed)}.' for name, allowed in CHOICES.items() if values[name] not in allowed]
     found += [f'{name} is {values[name]}: it must be positive.' for name in POSITIVE if values[name] is not None and not values[name] > 0]
@@ -179,13 +183,20 @@ DEFAULTS = {f.name: f.default for f in fields(Config)}
 ALIASES = dict(lr='learning_rate', batch_size='per_device_train_batch_size', bs='per_device_train_batch_size', r='lora_r', rank='lora_r', alpha='lora_alpha', dropout='lora_dropout', epochs='num_train_epochs',
     steps='max_steps', device='use_cpu', max_seq_length='model_max_length', accumulation='gradient_accumulation_steps', model='model_name_or_path', data='data_path', target_modules='lora_target_modules')
 
-def _nearest(name:str, known=NAMES)->str:
+def nearest_name(
+    name:str, # What somebody wrote
+    known=NAMES, # What he may have meant
+)->str: # The end of a message; empty when nothing is near
+    "A guess, for a message about an unknown name."
     near = [ALIASES[name]] if name in ALIASES else difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f' Did you mean {near[0]}?' if near else ''
 
-def _make(values:dict)->Config:
+def make_config(
+    values:dict, # Of fields, by name
+)->Config: # Of these values
+    "A configuration. Raises `TypeError` for an unknown name, `ValueError` for a value that cannot work."
     for name in values:
-        if name not in NAMES: raise TypeError(f'There is no setting {name!r}.{_nearest(name)}')
+        if name not in NAMES: raise TypeError(f'There is no setting {name!r}.{nearest_name(name)}')
     return Config(**values)
 
 def lora(
@@ -196,7 +207,7 @@ def lora(
 )->Config: # With the values of the guide's `finetune_lora.sh`
     "The guide's LoRA run. Raises `TypeError` for an unknown name, `ValueError` for a value that cannot work."
     base = dict(GUIDE, use_lora=True, tune_llm=False, do_eval=eval_data_path is not None)
-    return _make(dict(base, model_name_or_path=model_name_or_path, data_path=data_path, eval_data_path=eval_data_path) | changes)
+    return make_config(dict(base, model_name_or_path=model_name_or_path, data_path=data_path, eval_data_path=eval_data_path) | changes)
 
 def qlora(
     model_name_or_path:str, # Checkpoint folder or hub id, quantised or not
@@ -215,7 +226,7 @@ def full(
 )->Config: # With the values of the guide's `finetune_ds.sh`
     "The guide's full fine-tuning. Raises as `lora`."
     base = dict(GUIDE, tune_llm=True, gradient_accumulation_steps=1, do_eval=eval_data_path is not None)
-    return _make(dict(base, model_name_or_path=model_name_or_path, data_path=data_path, eval_data_path=eval_data_path) | changes)
+    return make_config(dict(base, model_name_or_path=model_name_or_path, data_path=data_path, eval_data_path=eval_data_path) | changes)
 
 # %% ../nbs/01_config.ipynb #cc59a7de
 OTHER_NAMES = dict(eval_strategy='evaluation_strategy', no_cuda='use_cpu', max_length='model_max_length', lora_rank='lora_r', num_epochs='num_train_epochs')
@@ -228,8 +239,12 @@ NO_EFFECT = dict(
     batch_vision='slices of a batch always go through the tower together',
     local_rank='torchrun sets it', ddp_timeout='the default is used')
 
-def _parse(name:str, text:str|None): # One value, by the type of its field; a flag without one is true
-    kinds = _kinds(name)
+def read_value(
+    name:str, # Of a field
+    text:str|None, # As it was typed; None: a flag without a value, which is true
+): # Of the field's type
+    "Read one value. Raises `ValueError` when it is none of the field's."
+    kinds = kinds_of(name)
     if text is None and kinds != [bool]: raise ValueError(f'--{name} has no value.')
     text = 'true' if text is None else text
     if text.lower() in ('none', 'null', '') and (kinds != [str] or type(None) in get_args(TYPES[name])): return None
@@ -252,7 +267,7 @@ def _pairs(argv:list[str]): # (name, value) per flag; None: no value follows
 
 def _field(name:str, value:str)->tuple[str,str]|None: # The field a flag sets; None when it has nothing to set
     if name in NO_EFFECT: return print(f'--{name} has no effect here: {NO_EFFECT[name]}.')
-    if name not in NAMES and name not in OTHER_NAMES: raise ValueError(f'There is no flag --{name}.{_nearest(name, NAMES+tuple(OTHER_NAMES))}')
+    if name not in NAMES and name not in OTHER_NAMES: raise ValueError(f'There is no flag --{name}.{nearest_name(name, NAMES+tuple(OTHER_NAMES))}')
     return OTHER_NAMES.get(name, name), value
 
 def from_flags(
@@ -261,10 +276,10 @@ def from_flags(
 )->Config: # The configuration they describe
     "Read command-line flags. Raises `ValueError` for an unknown flag (with the nearest name) or a value of the wrong kind."
     given = [pair for flag in _pairs(argv) if (pair := _field(*flag))]
-    values = defaults | {name: _parse(name, value) for name, value in given}
+    values = defaults | {name: read_value(name, value) for name, value in given}
     for needed in ('model_name_or_path', 'data_path'):
         if not values.get(needed): raise ValueError(f'--{needed} is missing.')
-    return _make(values)
+    return make_config(values)
 
 def to_flags(
     cfg:Config, # A configuration
@@ -327,7 +342,7 @@ def from_script(
     script = next((i for i, w in enumerate(words) if w.endswith('.py') or w == 'minicpmv_nb.training'), None)
     if script is None: raise ValueError(f'{path}: no line "torchrun ... finetune.py --flags" found.')
     launcher = [w for w in words[1:script] if w not in ('-m', 'torch.distributed.run')]
-    machine = {TORCHRUN[name]: _parse(TORCHRUN[name], value) for name, value in _pairs(launcher) if name in TORCHRUN}
+    machine = {TORCHRUN[name]: read_value(TORCHRUN[name], value) for name, value in _pairs(launcher) if name in TORCHRUN}
     nccl = {f'nccl_{k}_disable': variables.get(f'NCCL_{k.upper()}_DISABLE') == '1' for k in ('p2p', 'ib')}
     cfg = from_flags(words[script+1:], **machine, **nccl)
     return replace(cfg, **changes)
@@ -434,7 +449,7 @@ BETTER = dict(
     all=[('fp16', False, 'the models were trained in bfloat16, and fp16 overflows'), ('bf16', True, 'for GPUs from Ampere (A100, RTX 30) on'),
         ('save_steps', 200, 'every 10 steps is a checkpoint every few minutes'), ('warmup_ratio', 0.03, '1 % of a short run is a step or two')],
     lora=[('learning_rate', 1e-4, 'at 1e-6 an update of rank 64 stays below 1 % of the weights after 3000 steps'), ('resampler_learning_rate', 1e-5, 'it is trained in full, which wants less than LoRA'),
-        ('lora_target_modules', 'llm.attention llm.mlp', 'two thirds of the weights are in the MLP'), ('lora_alpha', 128, 'twice the rank, as other trainers do'), ('weight_decay', 0.0, 'a low-rank update is small as it is'),
+        ('lora_target_modules', 'llm.attention llm.mlp', 'two thirds of the weights are in the MLP'), ('lora_alpha', lambda c: 2*c.lora_r, 'twice the rank, as other trainers do'), ('weight_decay', 0.0, 'a low-rank update is small as it is'),
         ('tune_vision', False, 'the maintainers advise it only for pictures far from photographs; in full it is most of the memory'), ('deepspeed', 'ds_config_zero2.json', 'there is little to split, and ZeRO-3 sends all weights around in each step')],
     full=[('learning_rate', 5e-6, 'the official recipe for 4.6, with batches of 128'), ('vision_learning_rate', 2e-6, 'the tower knows its trade')])
 
@@ -444,7 +459,7 @@ def better_values(
     "What `recommended` would replace: values of the guide that are known to hurt."
     guide = GUIDE | dict(lora_target_modules=DEFAULTS['lora_target_modules'], lora_alpha=DEFAULTS['lora_alpha'], bf16=False)
     known = BETTER['all'] + BETTER['lora' if cfg.use_lora else 'full']
-    better = [(name, 2*cfg.lora_r if name == 'lora_alpha' else value, why) for name, value, why in known] # 128 stands for the guide's rank of 64
+    better = [(name, value(cfg) if callable(value) else value, why) for name, value, why in known]
     return [b for b in better if getattr(cfg, b[0]) == guide.get(b[0]) and getattr(cfg, b[0]) != b[1]]
 
 def recommended(

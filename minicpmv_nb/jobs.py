@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'END', 'LIVE', 'fit_machine', 'check_port', 'fit_network', 'interface', 'torchrun', 'clear_locks',
-           'write_script', 'RunFailed', 'Run', 'alive', 'find_runs', 'wait', 'cause', 'stop', 'resume', 'start',
-           'launch', 'slurm']
+           'script_text', 'write_script', 'RunFailed', 'Run', 'alive', 'find_runs', 'wait', 'cause', 'stop', 'resume',
+           'start', 'fill_in', 'run_folder', 'launch', 'slurm']
 
 # %% ../nbs/12_jobs.ipynb #94c15c44
 import hashlib, json, os, re, shlex, signal, socket, subprocess, sys, time
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .batches import load_data
-from .config import Config, _make, check_batch, deepspeed_json, deepspeed_notes, load_config, precision_notes, read_metrics, read_status, save_config, to_flags, write_json
+from .config import Config, make_config, check_batch, deepspeed_json, deepspeed_notes, load_config, precision_notes, read_metrics, read_status, save_config, to_flags, write_json
 from .families import check_llm_type, find_family, read_config, resolve
 from .plots import plot_run
 from .prompts import Processor
@@ -117,22 +117,31 @@ echo "$code" > "$ended"
 exit "$code"
 """
 
-def write_script(
-    cfg:Config, # Filled in
-    file:Path, # run.sh
+def script_text(
+    cfg:Config, # From `fill_in`
+    folder:Path, # The run folder
     join_timeout:int=600, # Seconds to wait for the other machines
     shell:dict[str,str]={}, # Settings whose value only the shell knows, as shell words
     forward:bool=True, # Whether SIGTERM is passed on to torchrun; Slurm sends it to both, and a second one would cut the saving short
-)->None:
-    "Write run.sh."
+)->str: # For bash
+    "What run.sh says."
     command = torchrun(cfg, join_timeout)
     words = [shell.get(before.removeprefix('--'), shlex.quote(word)) for before, word in zip(['', *command], command)]
     flags = words.index('minicpmv_nb.training')+1
     pairs = [f'    {name} {value}' for name, value in zip(words[flags::2], words[flags+1::2])]
     exports = [f'export {k}={shlex.quote(v)}' for k, v in _environment(cfg).items()]
-    ended = f'ended={shlex.quote(f"{file.absolute().parent}/exit-")}{shell.get("node_rank", cfg.node_rank)}'
+    ended = f'ended={shlex.quote(f"{folder.absolute()}/exit-")}{shell.get("node_rank", cfg.node_rank)}'
     start = [ended, 'rm -f "$ended"', ' '.join(words[:flags]) + ' \\', ' \\\n'.join(pairs) + ' &']
-    file.write_text('\n'.join(['#!/bin/bash', *exports, *start, END.replace('FORWARD', 'kill -TERM "$torchrun"' if forward else ':')]), encoding='utf-8')
+    return '\n'.join(['#!/bin/bash', *exports, *start, END.replace('FORWARD', 'kill -TERM "$torchrun"' if forward else ':')])
+
+def write_script(
+    cfg:Config, # From `fill_in`
+    file:Path, # run.sh, in the run folder
+    *how, # What else `script_text` takes
+    **also, # The same by name
+)->None:
+    "Write run.sh."
+    file.write_text(script_text(cfg, file.parent, *how, **also), encoding='utf-8')
     file.chmod(0o755)
 
 # %% ../nbs/12_jobs.ipynb #8cd22a42
@@ -349,21 +358,30 @@ def _gpus(cfg:Config)->int: # Of this machine
     import torch
     return 0 if cfg.use_cpu else torch.cuda.device_count()
 
-def _fill_in(cfg:Config, here:bool, checkpoint:dict)->Config: # Absolute paths, processes, port, precision
+def fill_in(
+    cfg:Config, # What was asked for
+    here:bool, # Whether this machine will run it
+    checkpoint:dict, # The model's `config.json`
+)->tuple[Config,list[str]]: # With absolute paths, processes, port and precision; what should be known about them
+    "Decide what was left open. Raises as `fit_machine`, `fit_network`, `check_port`, `fit_precision` and `check_batch`."
     import torch
     elsewhere = not here and cfg.gpus is not None # on GPUs this machine need not have
     asked, cfg = cfg, fit_network(cfg if elsewhere else fit_machine(cfg, _gpus(cfg)), here)
     if here: check_port(cfg)
-    if cfg.use_cpu and not asked.use_cpu: print('No GPU was found: training on the CPU.')
+    moved = ['No GPU was found: training on the CPU.'] if cfg.use_cpu and not asked.use_cpu else []
     cfg, notes = fit_precision(cfg, not cfg.use_cpu, not cfg.use_cpu and (elsewhere or torch.cuda.is_bf16_supported(including_emulation=False)))
     check_batch(cfg)
-    for note in notes + precision_notes(cfg, checkpoint) + deepspeed_notes(cfg): print(note)
+    notes = moved + notes + precision_notes(cfg, checkpoint) + deepspeed_notes(cfg)
     paths = ('data_path', 'eval_data_path', 'logging_dir') + (() if cfg.resume_from_checkpoint == 'auto' else ('resume_from_checkpoint',))
     absolute = {k: str(Path(v).expanduser().absolute()) for k in paths if (v := getattr(cfg, k))}
     model = cfg.model_name_or_path
-    return replace(cfg, model_name_or_path=str(Path(model).absolute()) if Path(model).is_dir() else model, **absolute)
+    return replace(cfg, model_name_or_path=str(Path(model).absolute()) if Path(model).is_dir() else model, **absolute), notes
 
-def _run_folder(cfg:Config, name:str|None)->Path: # It must be new, or be waiting for this machine
+def run_folder(
+    cfg:Config, # What was asked for
+    name:str|None=None, # Of a folder below `runs`; None: method and time
+)->Path: # New, or waiting for this machine
+    "Where a run will be. Raises `ValueError` for a name that is no folder's, `FileExistsError` for a folder that holds something."
     if name and (Path(name).name != name or name.startswith('.')): raise ValueError(f'The name of a run is {name!r}: it is one folder below runs, without slashes or a dot in front. For another place set output_dir.')
     method = 'lora' if cfg.use_lora else 'full'
     folder = Path(cfg.output_dir or f'runs/{name or method + time.strftime("-%Y%m%d-%H%M%S")}').expanduser().absolute()
@@ -408,12 +426,13 @@ def launch(
     **changes, # Fields of `cfg` to replace: `nnodes`, `node_rank`, `master_addr`, or any other
 )->Run: # Started, not finished
     "Check everything, write a run folder, start torchrun detached, and return. Raises before starting what `check`, `load`, `fit_machine`, `fit_network` and `check_port` raise."
-    cfg = _make(vars(cfg) | changes | dict(gpus=gpus or cfg.gpus))
-    run = Run(_run_folder(cfg, name), cfg.node_rank)
+    cfg = make_config(vars(cfg) | changes | dict(gpus=gpus or cfg.gpus))
+    run = Run(run_folder(cfg, name), cfg.node_rank)
     model, commit = resolve(cfg.model_name_or_path, cfg.revision)
     check_llm_type(find_family(read_config(model), f'{model}/config.json'), cfg.llm_type)
     refuse_four_bit(cfg, model)
-    cfg = _fill_in(replace(cfg, output_dir=str(run.folder), revision=commit or cfg.revision), start, read_config(model)) # every rank and every resume take this commit
+    cfg, notes = fill_in(replace(cfg, output_dir=str(run.folder), revision=commit or cfg.revision), start, read_config(model)) # every rank and every resume take this commit
+    for note in notes: print(note)
     _write_folder(run, cfg, _check_data(cfg, model), facts(cfg, commit) | dict(join_timeout=join_timeout))
     return run.start() if start else run
 

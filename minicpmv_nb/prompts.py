@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 
 from .families import FAMILIES, Family, Template, find_family, read_config
-from .samples import Picture, Problem, Sample, Turn
+from .samples import Picture, Problem, Sample, Turn, counted
 from .slicing import SlicePlan, plan
 
 # %% ../nbs/04_prompts.ipynb #6e3d85bb
@@ -366,11 +366,11 @@ def find_long(
     processor:Processor, # Tokenizer and sizes
     max_length:int, # The guide's `model_max_length`
     file:str, # Their file, for the table
+    watch=None, # As of `samples.counted`
 )->tuple[list[int],list[Problem]]: # The length of every sample, and a problem per sample that is too long
     "Find samples that do not fit, without opening a picture."
-    from tqdm.auto import tqdm
     lengths, problems = [], []
-    for sample in tqdm(samples, desc='measuring', delay=3):
+    for sample in counted(samples, 'measuring', watch):
         encoded = encode(sample.turns, processor)
         lengths.append(len(encoded.input_ids))
         pictures = token_costs(encoded)['pictures']

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TAG', 'NUMBERED', 'Picture', 'Turn', 'Sample', 'Problem', 'Report', 'DataError', 'read_entries', 'open_picture',
-           'check']
+           'counted', 'check']
 
 # %% ../nbs/02_samples.ipynb #b9e4cc8a
 import json, re, struct
@@ -269,15 +269,26 @@ def _entry(i:int, entry, base:Path, seen:dict, traits:dict, decode:bool, literal
     turns, added = _turns(entry['conversations'], pictures)
     return Sample(str(entry['id']), turns, i), added, []
 
+def counted(
+    items:list, # To go through
+    what:str, # What is done with them
+    watch=None, # Instead of a bar: called before each with `what`, how many are done and how many there are
+): # Yields the items
+    "Show how far it is; a bar appears after 3 seconds."
+    from tqdm.auto import tqdm
+    if watch is None: yield from tqdm(items, desc=what, delay=3)
+    else:
+        for i, item in enumerate(items): watch(what, i, len(items)); yield item
+
 def check(
     path:str|Path, # A file in the guide's format
     extra_image_tags:str='report', # `literal`: a tag that is no picture of the entry is text
     decode:bool=False, # Read every pixel too, to find truncated pictures
+    watch=None, # As of `counted`
 )->tuple[list[Sample],Report]: # The good samples, and what is wrong with the others
     "Check every entry of a file. Raises as `read_entries` when the file as a whole cannot be used."
-    from tqdm.auto import tqdm
     entries, samples, seen, traits, report = read_entries(path), [], {}, {}, Report(str(path))
-    for i, entry in enumerate(tqdm(entries, desc=f'checking {Path(path).name}', delay=3)):
+    for i, entry in enumerate(counted(entries, f'checking {Path(path).name}', watch)):
         sample, added, found = _entry(i, entry, Path(path).parent, seen, traits, decode, extra_image_tags == 'literal')
         name = str(entry.get('id', '')) if isinstance(entry, dict) else ''
         if name: seen.setdefault(name, i)

@@ -7,7 +7,9 @@ import pytest
 
 from support import SCRIPTS, entry, write_data
 from minicpmv_nb.config import NAMES, _rules, Config, better_values, documented, faults, from_script, full, lora, named_fields, qlora, recommended, save_config
-from minicpmv_nb.config_panel import PRESETS, ConfigPanel, Later, MemoryPanel, as_code, count_steps, make_rows, read_settings
+from minicpmv_nb.config_panel import ConfigPanel, make_rows
+from minicpmv_nb.panels import Later
+from minicpmv_nb.planning import PRESETS, MemoryPanel, as_code, count_steps, read_settings
 from minicpmv_nb.diagnosis import Machine
 from minicpmv_nb.jobs import launch
 

@@ -58,8 +58,8 @@ def test_no_shell_here():
 def test_in_a_kernel(tmp_path):
     start, short, tb, off, long, on = run(['from minicpmv_nb import lora, short_errors', MISTAKE, '%tb', 'short_errors(False)', MISTAKE, f'short_errors()\n{MISTAKE}'], tmp_path, allow_errors=True)
     assert len(short.splitlines()) == 2 and SAID in short and 'TypeError' in short and HINT in short
-    assert '_make' in tb and SAID in tb and HINT not in tb
-    assert '_make' in long and HINT not in long
+    assert 'make_config' in tb and SAID in tb and HINT not in tb
+    assert 'make_config' in long and HINT not in long
     assert on == short
 
 def test_the_cell_has_failed(tmp_path):
@@ -82,13 +82,13 @@ def test_in_a_terminal(tmp_path):
     lines = f'from minicpmv_nb import lora\n{MISTAKE}\nprint("between")\n%tb\nexit()\n'
     done = subprocess.run([sys.executable, '-m', 'IPython', '--simple-prompt', '--colors=NoColor', '--no-banner'], input=lines, cwd=tmp_path, env=os.environ | dict(IPYTHONDIR=str(tmp_path)), capture_output=True, text=True)
     before, after = done.stdout.split('between')
-    assert SAID in before and HINT in before and '_make' not in before
-    assert SAID in after and HINT not in after and '_make' in after
+    assert SAID in before and HINT in before and 'make_config' not in before
+    assert SAID in after and HINT not in after and 'make_config' in after
 
 def test_in_a_script(tmp_path):
     code = f'import IPython\nfrom minicpmv_nb import lora\n{MISTAKE}'
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and '_make' in done.stderr and HINT not in done.stderr
+    assert done.returncode == 1 and 'make_config' in done.stderr and HINT not in done.stderr
 
 def test_in_the_shell_of_nbdev(tmp_path):
     code = f'from execnb.shell import CaptureShell\ns = CaptureShell()\ns.run("from minicpmv_nb import lora")\nprint(s.custom_exceptions)'
