@@ -17,7 +17,7 @@ import ipywidgets as W
 
 from .config import write_json
 from .data_panel import PICTURES, WIDE, figure, files_below, find_albums, jpeg, plain
-from .panels import TONES, Panel, stamp
+from .panels import TONES, Panel, button, stamp
 from .samples import TAG, check, open_picture, read_entries
 
 # %% ../nbs/20_annotate_panel.ipynb #7d3d0b7a
@@ -254,20 +254,20 @@ class _AlbumForm(Panel): # The widgets of an AnnotatePanel
         return self.names
 
     def _middle(self)->W.VBox: # Neighbours, picture, rounds, buttons
-        button = lambda text, tip, work, **how: self._button(W.Button(description=text, tooltip=tip, layout=W.Layout(width='auto'), **how), work)
-        self.back, self.skip = button('◀ back', 'The picture before.', self.go_back), button('Skip', 'No entry for this picture; it is not suggested again.', self.skip_it)
-        self.next = button('Save and next ▶', 'Write the entry and go to the next picture.', self.go_on, button_style='primary')
-        self.more, self.fewer = button('One more round', 'Another question about the same picture.', self.add_round), button('One round less', 'Take the last round away.', self.drop_round)
-        self.remove = button('Remove entry', "Take this picture's entry out of the file.", self.remove_entry)
+        act = lambda text, tip, work, **how: self._act(button(text, tip, **how), work)
+        self.back, self.skip = act('◀ back', 'The picture before.', self.go_back), act('Skip', 'No entry for this picture; it is not suggested again.', self.skip_it)
+        self.next = act('Save and next ▶', 'Write the entry and go to the next picture.', self.go_on, button_style='primary')
+        self.more, self.fewer = act('One more round', 'Another question about the same picture.', self.add_round), act('One round less', 'Take the last round away.', self.drop_round)
+        self.remove = act('Remove entry', "Take this picture's entry out of the file.", self.remove_entry)
         self.strip = [(W.Image(format='jpeg', layout=W.Layout(width='88px', height='66px', object_fit='contain')), W.Button(layout=W.Layout(width='92px'))) for _ in range(7)]
         for i, (_, b) in enumerate(self.strip): b.on_click(lambda _, i=i: self.turn(self.go_to, self.window[i]))
         self.view, self.rounds = W.HTML(), W.VBox(layout=W.Layout(flex='1 1 300px'))
         buttons = W.HBox([self.back, self.skip, self.next, self.more, self.fewer, self.remove], layout=W.Layout(flex_flow='row wrap'))
         return W.VBox([W.HBox([W.VBox(pair) for pair in self.strip]), W.HBox([self.view, self.rounds], layout=W.Layout(flex_flow='row wrap')), buttons], layout=W.Layout(flex='1 1 auto'))
 
-    def _button(self, button:W.Button, work)->W.Button: # An error becomes the line
-        button.on_click(lambda _: self.turn(work))
-        return button
+    def _act(self, made:W.Button, work)->W.Button: # An error becomes the line
+        made.on_click(lambda _: self.turn(work))
+        return made
 
     def _row(self, picture:str, rows:list, question:str='', answer:str='')->None: # One more, of these rows of this picture
         n = len(rows)+1
@@ -333,9 +333,9 @@ class AnnotatePanel(_AlbumForm):
         self.marking = True
         self.names.options = [(f'{sign(name)} {name}', name) for name in names]; self.names.value = self.picture
         self.marking = False
-        for (image, button), name in zip_longest(self.strip, self.window):
-            image.layout.display = button.layout.display = None if name else 'none'
-            if name: image.value, image.alt, button.description, button.tooltip, button.button_style = small(self.album.folder/name), name, f'{sign(name)} {short(name)}'.strip(), name, 'info' if name == self.picture else ''
+        for (image, go), name in zip_longest(self.strip, self.window):
+            image.layout.display = go.layout.display = None if name else 'none'
+            if name: image.value, image.alt, go.description, go.tooltip, go.button_style = small(self.album.folder/name), name, f'{sign(name)} {short(name)}'.strip(), name, 'info' if name == self.picture else ''
 
     def typed_rounds(self, rows:list)->list[tuple[str,str]]: # What is in the fields, without rounds that are suggestions only
         pairs = [(q.value.strip(), a.value.strip()) for q, a in rows]

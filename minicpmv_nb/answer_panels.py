@@ -20,7 +20,7 @@ from .data_panel import PICTURES
 from .families import find_family, read_config, resolve
 from .merging import named_base, disk_space, find_folders, merge
 from .model import adapter_notes, fingerprint, weight_files
-from .panels import TONES, Panel
+from .panels import TONES, Given, Panel, button
 from .prompts import split_thought
 from .quantizing import is_quantized
 from .samples import check, open_picture
@@ -56,7 +56,7 @@ class RunsPanel(Panel):
         target:W.Text, # The field that a chosen folder goes into
         *children:W.Widget, # What stands below
     ):
-        self.runs, self.target, self.filled = Path(runs), target, {}
+        self.runs, self.target, self.filled = Path(runs), target, Given()
         self.found = input_of(W.Dropdown, 'found', f'What lies below {runs}, the newest first', width='76%')
         self.again = W.Button(description='Look again', tooltip='Search the folder of runs once more', icon='refresh')
         self.again.on_click(lambda _: self.turn(self.refresh))
@@ -76,7 +76,7 @@ class RunsPanel(Panel):
 
     def fill(self, box:W.Text, value:str)->None: # A field, and what belongs into it
         "Fill in a field, unless the user wrote something else."
-        if box.value in ('', self.filled.get(box.description)): box.value = self.filled[box.description] = value
+        if self.filled.may(box.description, box.value, value): box.value = value
 
 # %% ../nbs/24_answer_panels.ipynb #b6fce12c
 def suggest_out(
@@ -242,8 +242,6 @@ def scores_html(
     return table(('', 'entries', 'exact match'), rows) + (f'<p>{len(wrong)} not as expected by {first}{f", the first {most}" if len(wrong) > most else ""}:</p>{listed}' if wrong else '')
 
 # %% ../nbs/24_answer_panels.ipynb #afd1a3f8
-def _button(text:str, tip:str, **how)->W.Button: return W.Button(description=text, tooltip=tip, layout=W.Layout(width='auto'), **how)
-
 class _ChatForm(RunsPanel):
     "The widgets of `ChatPanel`."
     pattern = '*.safetensors'
@@ -267,14 +265,14 @@ class _ChatForm(RunsPanel):
     def _question(self)->list:
         self.path = input_of(W.Text, 'picture', 'A picture file, or a folder of pictures to choose from', width='64%', continuous_update=False)
         self.upload = W.FileUpload(description='Upload', accept='image/*', multiple=True, tooltip='Pictures from your computer')
-        self.clear = _button('No picture', 'Take back what was chosen')
+        self.clear = button('No picture', 'Take back what was chosen')
         self.files = input_of(W.SelectMultiple, 'pictures', 'Choose one, or several with Ctrl or Shift', rows=6)
         self.files.layout.display = 'none'
         self.question = input_of(W.Textarea, 'question', 'What to ask', rows=2)
-        self.go = _button('Ask', 'Load what is needed, and answer', button_style='primary')
-        self.stop = _button('Stop', 'End the answer, or the file, where it is', disabled=True)
-        self.anew = _button('New conversation', 'Forget what was said')
-        self.release = _button('Free memory', 'Drop the loaded models; the next question loads them again')
+        self.go = button('Ask', 'Load what is needed, and answer', button_style='primary')
+        self.stop = button('Stop', 'End the answer, or the file, where it is', disabled=True)
+        self.anew = button('New conversation', 'Forget what was said')
+        self.release = button('Free memory', 'Drop the loaded models; the next question loads them again')
         return [W.HBox([self.path, self.upload, self.clear]), self.files, self.preview, self.question]
 
     def _settings(self)->W.Widget:
@@ -286,11 +284,11 @@ class _ChatForm(RunsPanel):
 
     def _file(self)->W.Widget:
         self.data = input_of(W.Text, 'data file', "A file in the guide's format, best one that was not trained on", width='76%', continuous_update=False)
-        self.open = _button('Open', 'Read the file and show its first entry')
+        self.open = button('Open', 'Read the file and show its first entry')
         self.entry = input_of(W.BoundedIntText, 'entry', 'From 0', max=0, width='220px')
-        self.back, self.next = _button('Previous', 'The entry before'), _button('Next', 'The entry after')
+        self.back, self.next = button('Previous', 'The entry before'), button('Next', 'The entry after')
         self.limit = input_of(W.BoundedIntText, 'at most', 'Entries to ask; 0: all', max=10**9, width='220px')
-        self.examine_all = _button('Exact match over the file', 'Ask the first question of every entry, and compare')
+        self.examine_all = button('Exact match over the file', 'Ask the first question of every entry, and compare')
         self.bar = W.IntProgress(layout=W.Layout(width='30%'))
         return W.VBox([W.HBox([self.data, self.open]), W.HBox([self.entry, self.back, self.next]), self.expected, W.HBox([self.limit, self.examine_all, self.bar]), self.scores])
 
@@ -541,9 +539,9 @@ class ChatPanel(_ChatFile):
         changes = ((self.tuned, self.suggest), (self.base, self.forget), (self.compare, self.compared), (self.path, self.pick), (self.files, self.show_pictures),
             (self.upload, self.take_upload), (self.entry, self.show_entry))
         for box, work in changes: box.observe(lambda _, work=work: self.turn(work), 'value')
-        for button, work in ((self.go, self.ask), (self.examine_all, self.examine), (self.open, self.open_data)): button.on_click(lambda _, work=work: self.run(work))
-        for button, work in ((self.anew, self.new), (self.release, self.free), (self.clear, self.no_picture), (self.stop, self.end)): button.on_click(lambda _, work=work: self.turn(work))
-        for button, by in ((self.back, -1), (self.next, 1)): button.on_click(lambda _, by=by: self.turn(self.step, by))
+        for b, work in ((self.go, self.ask), (self.examine_all, self.examine), (self.open, self.open_data)): b.on_click(lambda _, work=work: self.run(work))
+        for b, work in ((self.anew, self.new), (self.release, self.free), (self.clear, self.no_picture), (self.stop, self.end)): b.on_click(lambda _, work=work: self.turn(work))
+        for b, by in ((self.back, -1), (self.next, 1)): b.on_click(lambda _, by=by: self.turn(self.step, by))
 
     def run(self, work)->None: # A method
         "Do work in a thread; the stop button can end it."

@@ -23,7 +23,7 @@ import ipywidgets as W
 
 from .batches import load_data, open_all
 from .families import FAMILIES
-from .panels import TONES, Panel
+from .panels import TONES, Panel, button
 from .prompts import Encoded, Processor, encode, token_costs, tokens_html
 from .samples import DataError, Picture, Problem, Report, Sample, check, read_entries
 from .slicing import SlicePlan, cut, draw_grid
@@ -299,13 +299,12 @@ class _DataForm(Panel): # The widgets of a DataPanel
         self.length = W.BoundedIntText(value=length, min=1, max=10_000_000, description='model_max_length', tooltip='Tokens per sample at most. A longer sample is a problem; nothing is cut.', layout=W.Layout(width='210px'), style=WIDE)
         self.tags = W.Dropdown(options=[('are a problem', 'report'), ('are text', 'literal')], description='other <image> tags', tooltip='What a tag in a text means that names no picture of its entry: extra_image_tags.', layout=W.Layout(width='265px'), style=WIDE)
         self.pixels = W.Checkbox(description='read every pixel', tooltip='Finds truncated pictures too, and takes longer: check_pixels.', indent=False, layout=W.Layout(width='130px'))
-        self.go = W.Button(description='Check', button_style='primary', tooltip='Check the file, and show it.', layout=W.Layout(width='90px'))
+        self.go = button('Check', 'Check the file, and show it.', '90px', button_style='primary')
         self.go.on_click(lambda _: self.start(self.check, self.go))
         return [W.HBox([self.path, self.model]), W.HBox([self.slices, self.length, self.tags, self.pixels, self.go], layout=W.Layout(flex_flow='row wrap'))]
 
     def _pager(self)->W.VBox: # The page of samples
-        button = lambda text, tip: W.Button(description=text, tooltip=tip, layout=W.Layout(width='100px'))
-        self.previous, self.next = button('◀ previous', 'The one before, of those chosen at "show".'), button('next ▶', 'The one after, of those chosen at "show".')
+        self.previous, self.next = button('◀ previous', 'The one before, of those chosen at "show".', '100px'), button('next ▶', 'The one after, of those chosen at "show".', '100px')
         self.entry = W.BoundedIntText(min=0, max=0, description='entry', tooltip='Position in the file, from 0.', layout=W.Layout(width='130px'), style=WIDE)
         self.id = W.Text(description='id', tooltip='Go to the entry with this id: type it and press Enter.', placeholder='go to id', continuous_update=False, layout=W.Layout(width='200px'), style=WIDE)
         self.which = W.Dropdown(options=['all', 'good', 'bad', 'as in Problems'], description='show', tooltip='Which entries previous and next go through.', layout=W.Layout(width='230px'), style=WIDE)
@@ -317,7 +316,7 @@ class _DataForm(Panel): # The widgets of a DataPanel
     def _finder(self)->W.VBox: # The page of problems
         self.kind = W.Dropdown(options=[('every kind', '')], description='kind', tooltip='Only problems of this kind.', layout=W.Layout(width='56%'), style=WIDE)
         self.search = W.Text(description='id contains', tooltip='Only problems of entries whose id contains this.', continuous_update=False, layout=W.Layout(width='24%'), style=WIDE)
-        self.look = W.Button(description='Look at them', tooltip='Page through the entries of this table.', layout=W.Layout(width='120px'))
+        self.look = button('Look at them', 'Page through the entries of this table.', '120px')
         self.table = W.HTML()
         for field in (self.kind, self.search): field.observe(lambda _: self.turn(self.find), 'value')
         self.look.on_click(lambda _: self.turn(self.look_at))

@@ -434,7 +434,7 @@ def machine_rows(
     "What a machine has."
     cards, say = Counter(f'{name}, {gb:.0f} GB' for name, gb in machine.gpus), lambda *found: row('machine', *found)
     lacking = [p for p, v in machine.packages.items() if v is None]
-    rows = [say('GPUs', 'ok', '; '.join(f'{n} x {card}' for card, n in cards.items()) + '.') if cards else say('GPUs', 'note', 'None. Only tiny models train on a CPU.')]
+    rows = [say('GPUs', 'ok', '; '.join(f'{n} x {card}' for card, n in cards.items()) + '.') if cards else say('GPUs', 'note', 'None. Only tiny models train on a CPU.' + f' The table is for {gpus} GPUs elsewhere.'*(gpus > 1))]
     if cards and gpus > len(machine.gpus): rows.append(say('GPUs', 'note', f'The table is for {gpus} GPUs, this machine has {len(machine.gpus)}.'))
     if cards: rows.append(say('bfloat16', 'ok', 'Yes: set bf16=True, fp16=False.') if machine.bf16 else say('bfloat16', 'note', 'Not in hardware.', 'Set fp16=True, bf16=False.'))
     rows.append(say('memory', 'ok', f'{machine.ram:.0f} GB of RAM, {machine.disk:.0f} GB of disk free here.'))

@@ -281,7 +281,7 @@ def cause(self,
     since = _log_since(self, self.status())
     error = self.status().get('error')
     hung = error if error and 'has not finished step' in error else None # such a rank is killed in the end
-    said = hung or _killed(since) or _alone(since, self) or error or ('A process ended without a word.' if self.log() else 'Nothing was printed.')
+    said = hung or _killed(since) or _apart(since, self) or error or ('A process ended without a word.' if self.log() else 'Nothing was printed.')
     return f'{said}\nLast lines of {self.file("log.txt")}:\n{self.log(15)}'
 
 def _killed(log:str)->str|None: # The rank that was ended from outside, by torchrun's account; the errors of the others are consequences
@@ -291,9 +291,10 @@ def _killed(log:str)->str|None: # The rank that was ended from outside, by torch
     rank, name, pid = found[0]
     return f'Rank {rank} (process {pid}) was ended by {name}.' + (' The system may have run out of memory.' if name == 'SIGKILL' else '')
 
-def _alone(log:str, run:Run)->str|None: # Machines that did not come
+def _apart(log:str, run:Run)->str|None: # Machines that did not come together
     place, seconds = f'{run.config.master_addr}:{run.config.master_port}', _join_timeout(run)
     came = re.search(r'Timed out after \d+ seconds waiting for clients\. (\d+)/(\d+) clients joined', log)
+    if 'EADDRINUSE' in log: return f'Port {run.config.master_port} was taken by something else just before the start. Set master_port to another number, or to None for a free one.'
     if came: return f'Of {came[2]} machines, {came[1]} came to {place} within {seconds} seconds. Launch the run on the others as well, with the same nnodes, master_addr and master_port, and see that no firewall keeps them from this port.'
     waited = 'client socket has timed out after' in log and run.node_rank
     return f'Machine 0 did not answer at {place} within {seconds} seconds. Launch the run there as well; then check master_addr, master_port and the firewall.' if waited else None

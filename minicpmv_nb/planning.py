@@ -166,26 +166,32 @@ def plot_estimate(
     for i, (_, v) in enumerate(rows): ax.text(v, i, f' {_gb(v)}', va='center', fontsize=8)
     if gb: ax.axvline(gb, color='black', lw=1, ls='--')
     ax.set_xlim(0, 1.13*max(e.total, gb or 0)); ax.invert_yaxis(); ax.set_xticks([]); ax.tick_params(labelsize=8, length=0); ax.spines[['top', 'right', 'bottom']].set_visible(False)
-    where = f'each of {e.gpus} GPUs' if e.gpus > 1 else 'the GPU'
-    fig.suptitle(f'GB on {where}, {e.moments[moment]}' + (f'; dashed: its size, {gb:.0f} GB' if gb else ''), fontsize=9, x=.01, ha='left')
+    where = f'each of {e.gpus} {e.places}' if e.gpus > 1 else f'the {e.place}'
+    fig.suptitle(f'GB {"in" if e.cpu else "on"} {where}, {e.moments[moment]}' + (f'; dashed: its size, {gb:.0f} GB' if gb else ''), fontsize=9, x=.01, ha='left')
     return fig
 
 def _gb(v:float)->str: return f'{v:.1f}' if v >= 1 else f'{v:.2g}' # Two digits that count
 
 # %% ../nbs/21_planning.ipynb #9cc7e965
-ROOM = 1.0 # GB for CUDA, cuBLAS and NCCL, which torch does not count
+ROOM = 1.0 # GB for CUDA, cuBLAS and NCCL, which torch does not count; for Python and the libraries on a CPU
 
 def verdict(
     e:Estimate, # From `estimate`
     machine:Machine, # Its smallest GPU counts
 )->tuple[str,str]: # A sentence, and its tone: a key of `panels.TONES`
     "Whether it fits."
+    if e.cpu: return _on_cpu(e, machine)
     need = f'Each GPU needs {_gb(e.total)} GB, and about {ROOM:.0f} GB for CUDA'
     if not machine.gpus: return f'{need}. This machine has no GPU to compare with.', 'note'
     name, gb = min(machine.gpus, key=lambda g: g[1])
     if e.total + ROOM <= gb: return f'✓ It fits. {need}; {name} has {gb:.0f} GB.', 'done'
     return (f'✗ It does not fit. {need}; {name} has {gb:.0f} GB. Less is needed with per_device_train_batch_size=1 and more gradient_accumulation_steps, with a lower max_slice_nums or model_max_length, '
         'with QLoRA, with tune_vision=False, with deepspeed on several GPUs, or with offload.'), 'wrong'
+
+def _on_cpu(e:Estimate, machine:Machine)->tuple[str,str]: # Where no GPU is used
+    need = f'{e.gpus} {e.places} {"need" if e.gpus > 1 else "needs"} {_gb(e.gpus*e.total)} GB, and about {e.gpus*ROOM:.0f} GB for Python and the libraries'
+    if not machine.ram or e.gpus*(e.total + ROOM) <= machine.ram: return f'✓ It fits. {need}' + (f'; this machine has {machine.ram:.0f} GB.' if machine.ram else '.'), 'done'
+    return f'✗ It does not fit. {need}; this machine has {machine.ram:.0f} GB. Use fewer processes, or a GPU.', 'wrong'
 
 # %% ../nbs/21_planning.ipynb #00d08fa9
 OF_THE_BATCH = ('per_device_train_batch_size', 'model_max_length', 'max_slice_nums', 'extra_image_tags')

@@ -216,7 +216,7 @@ def show_state(self, live:bool)->None: # Whether the run can still change
     self.line.value = f'<span role="status"><b style="color:{TONES[tone]}">{sign} {escape(self.run.folder.name)}: {words}</b>{share}{times}</span>'
     self.bar.max, self.bar.value, self.bar.bar_style = v['steps'] or 1, v['step'] if v['steps'] else 0, dict(done='success', wrong='danger').get(tone, 'info')
     best = f' (best {self.status["best_eval_loss"]:.4g} at step {self.status["best_step"]})' if 'best_step' in self.status else ''
-    shown = [f'{words} {v[k]:,.4g}{unit}' for k, words, unit in (('loss', 'loss', ''), ('eval_loss', 'evaluation loss', best), ('tokens_per_second', '', ' tokens per second'), ('memory_gb', '', ' GB')) if v[k] is not None]
+    shown = [f'{words} {v[k]:{form}}{unit}' for k, words, form, unit in (('loss', 'loss', '.4g', ''), ('eval_loss', 'evaluation loss', '.4g', best), ('tokens_per_second', '', ',.0f', ' tokens per second'), ('memory_gb', '', '.4g', ' GB')) if v[k] is not None]
     self.numbers.value = escape(' · '.join(s.strip() for s in shown))
     self.stop.disabled, self.resume.disabled = not live or state == 'stopped', live or state not in ('stopped', 'failed')
     if self.asked and time.monotonic()-self.asked > 10 or not live: self._calm()

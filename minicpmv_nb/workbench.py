@@ -15,7 +15,7 @@ from .annotate_panel import AnnotatePanel
 from .config_panel import ConfigPanel
 from .data_panel import DataPanel
 from .jobs import Run
-from .panels import Panel
+from .panels import Given, Panel
 from .run_panel import RunPanel
 
 # %% ../nbs/25_workbench.ipynb #8cd085f3
@@ -35,7 +35,7 @@ class Workbench(Panel):
     ):
         self.annotate, self.data, self.config, self.run = AnnotatePanel(), DataPanel(str(data), str(model)), ConfigPanel(), RunPanel()
         self.merge, self.chat = MergePanel(), ChatPanel()
-        self.given = {} # What was handed on, by field: it may be replaced, unlike what was typed
+        self.given = Given() # What was handed on, by field
         self.panels = {name: getattr(self, name) for name in STEPS}
         self.hints = {name: W.HTML(f'<p style="margin:4px 0;line-height:1.4">{said}</p>') for name, (_, said) in STEPS.items()}
         self.tabs = W.Tab([W.VBox([self.hints[name], panel.box]) for name, panel in self.panels.items()], titles=[title for title, _ in STEPS.values()])
@@ -64,11 +64,8 @@ def hand_on(self)->None:
     fill = dict(data=_to_data, config=_to_config, merge=_to_merge, chat=_to_chat).get(self.step)
     if fill: fill(self)
 
-def _fresh(w:Workbench, field:str, now, new)->bool: # Whether a field shall be filled in; remembers with what
-    empty = (None, '')
-    if new in empty or new == now or now not in empty and now != w.given.get(field): return False
-    w.given[field] = new
-    return True
+def _fresh(w:Workbench, field:str, now, new)->bool: # Whether a field shall be filled in
+    return new not in (None, '') and w.given.may(field, now, new)
 
 def _to_data(w:Workbench)->None: # The file that was written
     written = w.annotate.values()['file']

@@ -75,7 +75,7 @@ def set_up(c):
     c.told('it must be positive')
     assert c.button('Launch').is_disabled()
     c.write('learning_rate', '0.002'); c.write('name of the run', 'clicked')
-    c.told('no GPU to compare with')
+    c.told('process on the CPU needs')
     c.shot('settings')
     c.button('Launch').click()
 

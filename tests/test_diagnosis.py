@@ -438,7 +438,7 @@ def test_number_of_gpus(healthy, machine, gpus, said): assert {r['gpus'] for r i
 
 def test_what_the_machine_has(healthy):
     lines = lambda machine, gpus=None: {(r['what'], r['verdict']): r['found'] + r['do'] for r in doctor(healthy['2.6'], gpus, machine).rows if r['about'] == 'machine'}
-    assert lines(Machine())['GPUs', 'note'] == 'None. Only tiny models train on a CPU.'
+    assert lines(Machine())['GPUs', 'note'] == 'None. Only tiny models train on a CPU. The table is for 8 GPUs elsewhere.'
     assert lines(CARDS, 4)['GPUs', 'note'] == 'The table is for 4 GPUs, this machine has 2.' and lines(CARDS)['GPUs', 'ok'] == '2 x card, 80 GB.'
     old = Machine((('old', 16.0),), False, 64, 10, dict(torch='2.13.0', deepspeed=None))
     assert lines(old)['bfloat16', 'note'] == 'Not in hardware.Set fp16=True, bf16=False.' and lines(old)['packages', 'note'] == 'Not installed: deepspeed.pip install deepspeed'

@@ -9,7 +9,7 @@ import pytest
 from minicpmv_nb.config import lora
 from minicpmv_nb.jobs import Run, RunFailed, launch
 from minicpmv_nb.training import newest_checkpoint
-from support import draw_data
+from support import draw_data, free_port
 
 
 @pytest.fixture
@@ -143,6 +143,11 @@ def test_a_later_failure_is_not_blamed_on_an_earlier_one(cfg, data_copy):
 def test_waiting_for_a_stopped_run_says_so(cfg):
     run = launch(cfg).stop()
     with pytest.raises(RunFailed, match='was stopped at step 0'): run.wait()
+
+def test_a_port_that_was_taken_meanwhile_is_said(cfg):
+    run = launch(cfg, start=False, master_port=free_port())
+    run.file('log.txt').write_text('RuntimeError: The server socket has failed to listen on any local network address. port: 1, useIpv6: false, code: -98, name: EADDRINUSE, message: address already in use')
+    assert run.cause().startswith(f'Port {run.config.master_port} was taken by something else') and 'master_port' in run.cause()
 
 def test_checkpoints_of_something_else_are_left_alone(cfg):
     old = Path(cfg.output_dir)/'checkpoint-400'; old.mkdir(parents=True)
