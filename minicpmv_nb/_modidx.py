@@ -1144,6 +1144,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                       'minicpmv_nb.training.checkpoints': ('training.html#checkpoints', 'minicpmv_nb/training.py'),
                                       'minicpmv_nb.training.facts': ('training.html#facts', 'minicpmv_nb/training.py'),
                                       'minicpmv_nb.training.fit_precision': ('training.html#fit_precision', 'minicpmv_nb/training.py'),
+                                      'minicpmv_nb.training.gather_by_layer': ('training.html#gather_by_layer', 'minicpmv_nb/training.py'),
                                       'minicpmv_nb.training.main': ('training.html#main', 'minicpmv_nb/training.py'),
                                       'minicpmv_nb.training.make_trainer': ('training.html#make_trainer', 'minicpmv_nb/training.py'),
                                       'minicpmv_nb.training.newest_checkpoint': ( 'training.html#newest_checkpoint',

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['STATE_FILES', 'fit_precision', 'weight_dtype', 'training_arguments', 'checkpoints', 'newest_checkpoint', 'rotate',
-           'writing', 'RunLog', 'FineTuner', 'save_final', 'Stop', 'Pulse', 'pulses', 'facts', 'prepare_model',
-           'make_trainer', 'Patience', 'refuse_foreign', 'train', 'with_folder', 'record_failure', 'main']
+           'writing', 'RunLog', 'FineTuner', 'save_final', 'Stop', 'Pulse', 'pulses', 'gather_by_layer', 'facts',
+           'prepare_model', 'make_trainer', 'Patience', 'refuse_foreign', 'train', 'with_folder', 'record_failure',
+           'main']
 
 # %% ../nbs/10_training.ipynb #b79f9f86
 import atexit, filecmp, json, math, os, shutil, signal, socket, sys, threading, time
@@ -464,6 +465,16 @@ def pulses(
         _try(lambda: found.append(json.loads(file.read_text())))
     return found
 
+# %% ../nbs/10_training.ipynb #0f806027
+def gather_by_layer(
+    model, # Ready to be trained
+)->set[type]: # The kinds of layers
+    "Let ZeRO-3 gather and free the weights of a layer of tower and language model together: what it does around a module costs the same for the small matrices of LoRA as for a whole layer (`set_z3_leaf_modules` of DeepSpeed)."
+    from deepspeed.utils import set_z3_leaf_modules
+    kinds = {type(layer) for m in model.modules() if isinstance(m, torch.nn.ModuleList) for layer in m}
+    set_z3_leaf_modules(model, list(kinds))
+    return kinds
+
 # %% ../nbs/10_training.ipynb #b1310bf3
 def _device(cfg:Config)->str: # Where this rank computes
     return 'cpu' if cfg.use_cpu or not torch.cuda.is_available() else f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
@@ -501,6 +512,7 @@ def prepare_model(
     vision = cfg.gradient_checkpointing if cfg.gradient_checkpointing_vision is None else cfg.gradient_checkpointing_vision
     model.checkpoint_activations(cfg.gradient_checkpointing, vision)
     model = tune(model, cfg)
+    if zero_stage(cfg) == 3: gather_by_layer(model)
     if not cfg.deepspeed: # DeepSpeed keeps its own float32 copies of what trains
         for p in model.parameters():
             if p.requires_grad: p.data = p.data.float()

@@ -380,6 +380,12 @@ def test_bf16_keeps_what_trains_in_float32(cfg):
     assert kinds == {True: torch.float32, False: torch.bfloat16}
     assert math.isfinite(trainer.train().training_loss)
 
+@pytest.mark.parametrize('stage, marked', [(2, set()), (3, {'TowerLayer', 'LlamaDecoderLayer'})])
+def test_zero_3_gathers_layer_by_layer(cfg, tiny, stage, marked):
+    from deepspeed.utils import get_z3_leaf_modules
+    model = training.prepare_model(replace(cfg, deepspeed=f'ds_config_zero{stage}.json', lora_target_modules='llm.attention vision'), tiny)
+    assert {type(m).__name__ for m in get_z3_leaf_modules(model)} == marked
+
 def test_zero_3_that_would_keep_the_weights_is_refused(tmp_path):
     from minicpmv_nb.config import deepspeed_json, full
     (tmp_path/'mine.json').write_text('{"zero_optimization": {"stage": 3}}')
