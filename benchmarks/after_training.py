@@ -1,6 +1,5 @@
 """Time and memory of what follows training: merging, quantising, answering. README.md tells how to run it."""
-import argparse, json, multiprocessing, resource, shutil, time
-from importlib.metadata import version
+import argparse, json, multiprocessing, resource, shutil, sys, time
 from pathlib import Path
 
 import torch
@@ -9,10 +8,13 @@ from PIL import Image
 from minicpmv_nb.chat import Chat
 from minicpmv_nb.merging import merge
 from minicpmv_nb.quantizing import quantize
+from gpu_modes import versions
 
 HERE = Path(__file__).resolve().parent
 TOKENS = 64 # of each answer
 
+
+# A step gets the base, an adapter of it and a folder to write to, and gives what it found beside time and memory.
 
 def merging(base:Path, adapter:Path, work:Path)->dict:
     "Write base and adapter as one checkpoint."
@@ -49,9 +51,10 @@ def run(step:str, *args)->dict:
     get, send = spawn.Pipe(duplex=False)
     worker = spawn.Process(target=process, args=(step, *args, send))
     worker.start(); send.close()
-    try: return get.recv()
-    except EOFError: return dict(step=step, failed=f'exit code {worker.exitcode}')
-    finally: worker.join()
+    try: found = get.recv()
+    except EOFError: found = None # it ended without a word here; its error is in the terminal
+    worker.join()
+    return found or dict(step=step, failed=f'exit code {worker.exitcode}')
 
 def table(rows:list[dict])->str:
     "Markdown."
@@ -74,11 +77,11 @@ def main()->None:
         print(json.dumps(rows[-1]), flush=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'
     size = sum(f.stat().st_size for f in args.base.glob('*.safetensors'))/1e9
-    versions = {p: version(p) for p in ('torch', 'transformers', 'peft', 'bitsandbytes')}
     args.out.mkdir(parents=True, exist_ok=True)
     name = args.out/f'after-training-{device.replace(" ", "-")}'
-    name.with_suffix('.json').write_text(json.dumps(dict(device=device, checkpoint_gb=size, versions=versions, rows=rows), indent=1) + '\n')
-    name.with_suffix('.md').write_text(f'# {device}: after training, a checkpoint of {size:.2f} GB\n\n{table(rows)}\n\n' + ', '.join(f'{k} {v}' for k, v in versions.items()) + '\n')
+    name.with_suffix('.json').write_text(json.dumps(dict(device=device, checkpoint_gb=size, versions=versions(), rows=rows), indent=1) + '\n')
+    name.with_suffix('.md').write_text(f'# {device}: after training, a checkpoint of {size:.2f} GB\n\n{table(rows)}\n\n' + ', '.join(f'{k} {v}' for k, v in versions().items()) + '\n')
+    sys.exit(any('failed' in r for r in rows))
 
 
 if __name__ == '__main__': main()

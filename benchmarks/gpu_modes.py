@@ -1,6 +1,7 @@
 """Memory and time of each way to train, beside what `estimate` says. README.md tells how to run it."""
-import argparse, gc, json, os, shlex, shutil, statistics, subprocess, sys, time
+import argparse, gc, json, os, platform, shlex, shutil, statistics, subprocess, sys, time
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -189,9 +190,12 @@ def table(rows:list[dict], gpu:bool)->str:
 
 def described(args)->dict:
     "Where and how it was measured."
-    from importlib.metadata import version
     return dict(device=torch.cuda.get_device_name() if args.gpu else 'CPU', gpu=args.gpu, gpus=args.gpus, family=args.family, scale=args.scale, layers=args.layers, steps=args.steps,
-        versions={p: version(p) for p in ('torch', 'transformers', 'peft', 'deepspeed', 'bitsandbytes')})
+        versions=versions())
+
+def versions()->dict[str,str]:
+    "What it ran with."
+    return dict(Python=platform.python_version()) | {p: version(p) for p in ('torch', 'transformers', 'peft', 'deepspeed', 'bitsandbytes', 'pillow')}
 
 def write(rows:list[dict], facts:dict, folder:Path)->Path:
     "A JSON file and a markdown table, named after the device."
@@ -214,12 +218,12 @@ def arguments()->argparse.Namespace:
     parser.add_argument('--ram', type=float, metavar='GB', help='memory of the machine, where less is shown until it is used')
     parser.add_argument('--work', type=Path, default=Path('benchmark_work'), help='for checkpoint and runs; removed at the start')
     parser.add_argument('--out', type=Path, default=HERE/'results')
-    parser.add_argument('--again', type=Path, metavar='RESULT', help='measure nothing: put what `estimate` says today into a result (.json)')
+    parser.add_argument('--again', type=Path, metavar='RESULT', help='measure nothing: put what `estimate` says today into this result (.json)')
     return parser.parse_args()
 
 def renew(args, work:Path)->Path:
     "The estimates of a result, as they are today."
-    facts = json.loads(args.again.read_text())
+    facts = args.result
     rows = estimates(facts, work)
     return write(rows, {k: v for k, v in facts.items() if k != 'rows'}, args.out)
 
@@ -235,6 +239,7 @@ def measure_all(args, work:Path)->Path:
 def main()->None:
     args = arguments()
     args.gpu, work = torch.cuda.is_available(), args.work.absolute()
+    if args.again: args.result, args.out = json.loads(args.again.read_text()), args.again.absolute().parent
     shutil.rmtree(work, ignore_errors=True); work.mkdir(parents=True)
     file = (renew if args.again else measure_all)(args, work)
     print(file)

@@ -136,6 +136,7 @@ def _save(self)->None:
 
 def _test(self, entry:dict)->None:
     "Raise what `check` says of one entry."
+    if not self.folder.is_dir(): raise FileNotFoundError(f'The folder {self.folder} is not there any more. Nothing was written.')
     aside = self.folder/f'.annotating-{os.getpid()}.json'
     write_json(aside, [entry])
     try: found = check(aside)[1].problems
@@ -240,7 +241,7 @@ class _AlbumForm(Panel): # The widgets of an AnnotatePanel
 
     def _form(self, folder:str)->list: # Which folder
         self.folder = W.Combobox(value=folder, options=find_albums(), description='folder', placeholder='type a path, or choose one', tooltip='A folder of pictures. The list shows those below this one.', layout=W.Layout(width='44%'), style=WIDE)
-        self.go = W.Button(description='Open', button_style='primary', tooltip='Open the folder, or read it again.', layout=W.Layout(width='90px'))
+        self.go = button('Open', 'Open the folder, or read it again.', '90px', button_style='primary')
         self.upload = W.FileUpload(multiple=True, accept=','.join(PICTURES), description='Add pictures', tooltip='Copy pictures from your computer into the folder. For hundreds, copy them yourself and click Open.', layout=W.Layout(width='150px'))
         self.share = W.BoundedFloatText(min=0, max=.9, step=.05, description='held out', tooltip='Share of entries written to eval.json instead of train.json, for evaluation during training. Which ones is decided by the name of the picture.', layout=W.Layout(width='130px'), style=WIDE)
         self.go.on_click(lambda _: self.turn(self.open))
@@ -327,11 +328,11 @@ class AnnotatePanel(_AlbumForm):
         names, done, skipped = self.album.pictures(), self.album.done(), self.album.notes['skipped']
         sign = lambda name: '✓' if name in done else '–' if name in skipped else '\u2003'
         short = lambda name: stem if len(stem := Path(name).stem) < 7 else f'…{stem[-5:]}'
-        at = names.index(self.picture)
+        at = names.index(self.picture) if self.picture in names else 0 # it may have been deleted meanwhile
         first = max(0, min(at-3, len(names)-7))
         self.window = names[first:first+7]
         self.marking = True
-        self.names.options = [(f'{sign(name)} {name}', name) for name in names]; self.names.value = self.picture
+        self.names.options = [(f'{sign(name)} {name}', name) for name in names]; self.names.value = self.picture if self.picture in names else None
         self.marking = False
         for (image, go), name in zip_longest(self.strip, self.window):
             image.layout.display = go.layout.display = None if name else 'none'
@@ -341,7 +342,7 @@ class AnnotatePanel(_AlbumForm):
         pairs = [(q.value.strip(), a.value.strip()) for q, a in rows]
         return [(q, a) for q, a in pairs if a or q and q not in self.suggestion]
 
-    def typed(self, picture:str, rows:list):
+    def typed(self, picture:str, rows:list): # Whose fields they are; pairs of question and answer
         "Write the entry if it is complete."
         rounds = self.typed_rounds(rows)
         if rounds and missing(rounds): self.say(f'Not written yet. {missing(rounds)}', 'note')
@@ -375,7 +376,8 @@ class AnnotatePanel(_AlbumForm):
 
     def neighbour(self, by:int)->str: # The picture before or after; at the ends this one
         names = self.album.pictures()
-        return names[max(0, min(names.index(self.picture)+by, len(names)-1))]
+        if not names: raise ValueError(f'There is no picture in {self.album.folder} any more: add some.')
+        return names[max(0, min(names.index(self.picture)+by, len(names)-1))] if self.picture in names else names[0]
 
     def go_back(self): self.leave(self.neighbour(-1)) # To the picture before
 
@@ -407,7 +409,8 @@ class AnnotatePanel(_AlbumForm):
         "Take the picture's entry out of the file."
         if self.album.of(self.picture) is None: raise ValueError('This picture has no entry.')
         self.album.remove(self.picture)
-        self.draw(self.picture if (self.album.folder/self.picture).is_file() else next(iter(self.album.pictures()), ''))
+        if not self.album.pictures(): return self.open() # which says so
+        self.draw(self.picture if (self.album.folder/self.picture).is_file() else self.neighbour(0))
         self.tell()
 
     def hold_out(self):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .prompts import Encoded, Processor, encode, find_long, split_thought, thought_faults
+from .prompts import Processor, encode, find_long, split_thought, thought_faults
 from .samples import DataError, Problem, Report, Sample, check
 from .slicing import SlicePlan, cut, to_strip
 

@@ -188,7 +188,7 @@ def nearest_name(
     known=NAMES, # What he may have meant
 )->str: # The end of a message; empty when nothing is near
     "A guess, for a message about an unknown name."
-    near = [ALIASES[name]] if name in ALIASES else difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = [ALIASES[name]] if ALIASES.get(name) in known else difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f' Did you mean {near[0]}?' if near else ''
 
 def make_config(
@@ -243,7 +243,7 @@ def read_value(
     name:str, # Of a field
     text:str|None, # As it was typed; None: a flag without a value, which is true
 ): # Of the field's type
-    "Read one value. Raises `ValueError` when it is none of the field's."
+    "Read one value; `none`, `null` or nothing is None. Raises `ValueError` for another text than the field's type has."
     kinds = kinds_of(name)
     if text is None and kinds != [bool]: raise ValueError(f'--{name} has no value.')
     text = 'true' if text is None else text
@@ -251,7 +251,7 @@ def read_value(
     if kinds[0] is bool:
         if text.lower() not in ('true', 'false', '1', '0', 'yes', 'no'): raise ValueError(f'--{name} is {text!r}: say true or false.')
         return text.lower() in ('true', '1', 'yes')
-    try: return kinds[0](float(text)) if kinds[0] is int and float(text).is_integer() else kinds[0](text)
+    try: return int(float(text)) if kinds[0] is int and not re.fullmatch(r'\s*[-+]?\d+\s*', text) and float(text).is_integer() else kinds[0](text)
     except ValueError: raise ValueError(f'--{name} is {text!r}: expected {kinds[0].__name__}.') from None
 
 # %% ../nbs/01_config.ipynb #d3a52618

@@ -19,7 +19,7 @@ from .config import CHOICES, NAMES, TYPES, Config, better_values, documented, fa
 from .diagnosis import Machine
 from .families import look_up
 from .jobs import launch
-from .panels import TONES, Later, Panel, details, stamp
+from .panels import TONES, Later, Panel, button, details, stamp
 from .planning import OF_THE_MEMORY, PRESETS, MemoryPanel, as_code, batch_line, differences, method_of, obstacles, preview, read_settings
 from .samples import DataError, read_entries
 
@@ -171,7 +171,7 @@ class ConfigPanel(Panel):
         text = dict(style=dict(description_width=LABEL), layout=W.Layout(width='480px'))
         self.source = _buttons('values', SOURCES, 'Where the form starts from', value=True)
         self.path = W.Text(description='script or config.json', placeholder='finetune_lora.sh, or a run folder', tooltip='A script like the guide\'s, the config.json of a run, or a run folder', **text)
-        self.load_path, self.upload = W.Button(description='Load', tooltip='Read this file', layout=W.Layout(width='80px')), W.FileUpload(accept='.sh,.json', description='Upload', tooltip='A script or a config.json from your computer', layout=W.Layout(width='120px'))
+        self.load_path, self.upload = button('Load', 'Read this file', '80px'), W.FileUpload(accept='.sh,.json', description='Upload', tooltip='A script or a config.json from your computer', layout=W.Layout(width='120px'))
         self.name = W.Text(description='name of the run', placeholder='method and time', tooltip='The run folder is runs/<name>', **text)
         self.name_note, self.reasons, self.summary, self.notes, self.why, self.problems = W.HTML(layout=W.Layout(flex='1 1 0%', margin='3px 0 0 12px')), W.HTML(), W.HTML(), W.HTML(), W.HTML(), W.HTML(layout=W.Layout(max_height='320px', overflow='auto'))
         self.code_view, self.script_view = W.HTML(), W.HTML()
@@ -235,7 +235,7 @@ def _judge(self)->tuple[Config|None,dict,tuple]: # None: there is no configurati
     wrong = {_place(self, values, message): message for message in reversed(messages)}
     mended = values | {name: self.base[name] for message in messages for name in named_fields(message)} # the other fields are judged all the same
     try: model, folder = look_up(values['model_name_or_path'], values['revision'])
-    except (OSError, ValueError) as e: wrong['model_name_or_path'] = str(e); model = folder = None
+    except (OSError, RuntimeError, ValueError) as e: wrong['model_name_or_path'] = str(e); model = folder = None
     if faults(mended): return None, wrong, ('', [])
     cfg = Config(**mended)
     counted = self.counts.get(stamp(cfg.data_path))
@@ -248,7 +248,7 @@ def _try_launch(self, cfg:Config, model:dict|None, folder:Path|None, wrong:dict)
     away = [f'{cfg.model_name_or_path} is not on this machine: launching downloads it first.'] if cfg.model_name_or_path and not folder and not wrong else []
     try: _, script, notes = preview(cfg, self.name.value.strip() or None, model, snapshot)
     except FileExistsError as e: wrong['name'] = str(e)
-    except (OSError, ValueError) as e: wrong[next(iter(named_fields(str(e))), 'gpus')] = str(e)
+    except (OSError, RuntimeError, ValueError) as e: wrong[next(iter(named_fields(str(e))), 'gpus')] = str(e)
     else: return '' if wrong else script, notes + away
     return '', away
 
@@ -278,13 +278,15 @@ def _show_results(self, cfg:Config|None)->None: # Code, script, steps, and the b
     self.code = as_code(cfg, self.name.value.strip() or None) if cfg else ''
     self.code_view.value, self.script_view.value = text(self.code), text(self.script)
     count = self.counts.get(stamp(cfg.data_path)) if cfg else None
-    self.steps = batch_line(replace(cfg, gpus=_processes(self, cfg), use_cpu=cfg.use_cpu or not self.memory.machine.gpus), count if isinstance(count, int) else None) if cfg else ''
+    self.steps = batch_line(_here(self, cfg), count if isinstance(count, int) else None) if cfg else ''
     self.summary.value = f'<div style="line-height:1.4">{escape(self.steps)}</div>'
     rests = '' if not self.wrong else f'Launch is off: {next(iter(self.wrong.values()))}' + (f' ({len(self.wrong)-1} more above)' if len(self.wrong) > 1 else '')
     self.go.disabled = bool(self.wrong) or self.launching
     self.why.value = f'<span role="status" style="color:{TONES["wrong"]};line-height:1.35;margin-left:8px;white-space:normal">{"✗ " if rests else ""}{escape(rests)}</span>'
 
-def _processes(self, cfg:Config)->int: return cfg.gpus or (0 if cfg.use_cpu else len(self.memory.machine.gpus)) or 1 # On each machine
+def _here(self, cfg:Config)->Config: # With what this machine would fill in
+    found = len(self.memory.machine.gpus)
+    return replace(cfg, gpus=cfg.gpus or (0 if cfg.use_cpu else found) or 1, use_cpu=cfg.use_cpu or not found and cfg.gpus is None)
 
 def _refresh(self, *_)->None: # Also called by widgets, with what has changed
     "Judge what the form says, and show what follows."
@@ -306,15 +308,15 @@ def _ask(self, cfg:Config|None, wrong:dict)->None: # For an estimate, when it wo
         return
     self.asked, self.memory.traceback = key, ''
     self.memory.say('estimating the memory …', 'busy')
-    self.later.ask(cfg, _processes(self, cfg))
+    self.later.ask(_here(self, cfg))
 
-def _slowly(self, cfg:Config, gpus:int)->None: # In the thread
+def _slowly(self, cfg:Config)->None: # In the thread
     file = stamp(cfg.data_path)
     if file and file not in self.counts:
         try: self.counts[file] = len(read_entries(file[0]))
-        except (OSError, ValueError) as e: self.counts[file] = str(e)
+        except (OSError, RecursionError, ValueError) as e: self.counts[file] = str(e)
         self.refresh()
-    self.memory.reckon(cfg, gpus)
+    self.memory.reckon(cfg, cfg.gpus)
     self.refresh()
 
 ConfigPanel.refresh = _refresh

@@ -266,12 +266,12 @@ def counts_html(
 def seldom(
     say, # A function of one text
     every:float=.5, # Seconds
-): # A `watch` for `samples.counted`
+): # What to give as `watch` to `samples.counted`
     "Say how far it is, from time to time."
     said = time.monotonic()
-    def watch(what, done, all):
+    def watch(what, done, count):
         nonlocal said
-        if time.monotonic() - said >= every: said = time.monotonic(); say(f'{what}: {done:,} of {all:,}')
+        if time.monotonic() - said >= every: said = time.monotonic(); say(f'{what}: {done:,} of {count:,}')
     return watch
 
 # %% ../nbs/19_data_panel.ipynb #3e98b47e
@@ -284,7 +284,7 @@ class _DataForm(Panel): # The widgets of a DataPanel
         max_slice_nums:int=9, # The guide's flag
         model_max_length:int=2048, # The guide's flag
     ):
-        self.checked, self.order = None, []
+        self.checked, self.order, self.settings = None, [], {} # the settings of the newest check
         form, samples, problems = self._form(str(path), str(model), max_slice_nums, model_max_length), self._pager(), self._finder()
         self.summary, self.tabs = W.HTML(), W.Tab([samples, problems], titles=['Samples', 'Problems'])
         self.tabs.layout.display = 'none' # until there is something to see
@@ -332,6 +332,7 @@ class DataPanel(_DataForm):
         self.checked, self.order = None, []
         self.tabs.layout.display, self.summary.value, self.view.value = 'none', '', ''
         self.say('checking', 'busy')
+        self.settings = self.form()
         self.checked = check_file(self.path.value, self.model.value, self.slices.value, self.length.value, self.tags.value, self.pixels.value, seldom(lambda text: self.say(text, 'busy')))
         report = self.checked.report
         self.summary.value = counts_html(counts(self.checked))
@@ -343,6 +344,9 @@ class DataPanel(_DataForm):
         self.tabs.layout.display = None
         bad = report.entries - report.kept
         self.say(f'{report.kept:,} of {report.entries:,} entries are good' + (f'; what is wrong with the other {bad:,} stands under Problems.' if bad else '.'), 'wrong' if bad else 'done')
+
+    def form(self)->dict: # What to check, and how
+        return dict(path=self.path.value, model=self.model.value, max_slice_nums=self.slices.value, model_max_length=self.length.value, extra_image_tags=self.tags.value, check_pixels=self.pixels.value)
 
     def found(self)->list[Problem]: # Those in the table
         return self.checked.problems(self.kind.value or '', self.search.value.strip()) if self.checked else []
@@ -394,7 +398,6 @@ class DataPanel(_DataForm):
 
     def values(self)->dict: # Plain data
         "The form, and what the check found."
-        form = dict(path=self.path.value, model=self.model.value, max_slice_nums=self.slices.value, model_max_length=self.length.value, extra_image_tags=self.tags.value, check_pixels=self.pixels.value)
         found = dict(entries=0, good=0, problems=[], tokens={})
         if self.checked: found = dict(entries=self.checked.report.entries, good=self.checked.report.kept, problems=self.checked.report.rows(), tokens=self.checked.report.tokens)
-        return form | found | dict(sample=self.entry.value if self.checked else None, table=len(self.found()), message=self.said)
+        return self.form() | found | dict(sample=self.entry.value if self.checked else None, table=len(self.found()), message=self.said)

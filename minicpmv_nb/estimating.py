@@ -28,6 +28,7 @@ from .model import MiniCPMV, head_losses, place
 from .prompts import Processor, encode, picture_sizes
 from .quantizing import quantized_layers
 from .samples import check
+from .training import fit_precision
 from .tuning import memory, tune
 from .vision import Layout, frame_positions, patch_positions
 
@@ -197,38 +198,35 @@ class Estimate:
     "GB on each GPU by part at three moments; shown as a table."
     moments = dict(loading='loading', training='forward and backward', step='optimizer step')
 
-    def __init__(self, rows:list[dict], gpus:int, work:Work, notes:tuple=(), host:float=0.0, cpu:bool=False): # `part` and GB at each moment; processes in all; the batch; sentences; GB that each process keeps in the memory of the machine; whether that is all they have
-        self.rows, self.gpus, self.work, self.host, self.place = rows, gpus, work, host, 'process on the CPU' if cpu else 'GPU'
+    def __init__(self, rows:list[dict], gpus:int, work:Work, notes:tuple=(), host:float=0.0, cpu:bool=False, here:int=1): # `part` and GB at each moment; processes in all; the batch; sentences; GB that each process keeps in the memory of the machine; whether that is all they have; processes of one machine
+        self.rows, self.gpus, self.work, self.host, self.cpu, self.here = rows, gpus, work, host, cpu, here
+        self.place, self.places = ('process on the CPU', 'processes on the CPU') if cpu else ('GPU', 'GPUs')
         self.notes = (f'The batch: {work.source}.', *notes, *((ON_A_CPU,) if cpu else ASSUMED))
 
     @property
     def together(self)->dict[str,float]: return {m: sum(r[m] for r in self.rows) for m in self.moments} # GB at each moment
 
     @property
-    def total(self)->float: return max(self.together.values()) # GB a GPU must have
+    def total(self)->float: return max(self.together.values()) + self.cpu*self.host # GB a GPU must have; on a CPU what is offloaded lies in the same memory
 
-    @property
-    def cpu(self)->bool: return self.place != 'GPU' # Whether no GPU is used
-
-    @property
-    def places(self)->str: return self.place if self.gpus == 1 else self.place.replace('process', 'processes') if self.cpu else 'GPUs' # Of all processes
+    def need(self)->str: return f'A {self.place} needs {self.total:.1f} GB' + ', what is offloaded included.'*bool(self.cpu and self.host) + '.'*(not (self.cpu and self.host)) # A sentence
 
     def cells(self)->list[tuple]: # The first row is the head
         number = lambda v: f'{v:.2f}' if v < 10 else f'{v:.1f}'
         rows = self.rows + [dict(part='together') | self.together]
-        return [(f'GB {"in" if self.cpu else "on"} {"each of " if self.gpus > 1 else ""}{self.gpus} {self.places}', *self.moments.values())] + [(r['part'], *(number(r[m]) if r[m] else '' for m in self.moments)) for r in rows]
+        return [(f'GB {"in" if self.cpu else "on"} {"each of " if self.gpus > 1 else ""}{self.gpus} {self.places if self.gpus > 1 else self.place}', *self.moments.values())] + [(r['part'], *(number(r[m]) if r[m] else '' for m in self.moments)) for r in rows]
 
     def __str__(self)->str:
         cells = self.cells()
         wide = [max(map(len, column)) for column in zip(*cells)]
-        return '\n'.join(['  '.join(f'{v:>{w}}' if i else f'{v:<{w}}' for i, (v, w) in enumerate(zip(c, wide))).rstrip() for c in cells] + ['', f'A {self.place} needs {self.total:.1f} GB.', *self.notes])
+        return '\n'.join(['  '.join(f'{v:>{w}}' if i else f'{v:<{w}}' for i, (v, w) in enumerate(zip(c, wide))).rstrip() for c in cells] + ['', self.need(), *self.notes])
 
     __repr__ = __str__
 
     def _repr_html_(self)->str:
         line = lambda values, tag: '<tr>' + ''.join(f'<{tag} style="text-align:{"right" if i else "left"}">{escape(v)}</{tag}>' for i, v in enumerate(values)) + '</tr>'
         first, *others = self.cells()
-        return f'<table>{line(first, "th")}{"".join(line(c, "td") for c in others)}</table><p><b>A {self.place} needs {self.total:.1f} GB.</b> {escape(" ".join(self.notes))}</p>'
+        return f'<table>{line(first, "th")}{"".join(line(c, "td") for c in others)}</table><p><b>{self.need()}</b> {escape(" ".join(self.notes))}</p>'
 
 def _unmeasured(cfg:Config, config:dict)->Work: # Of a published model that is not on this machine: its tokenizer is not either
     work = _limits(cfg, config, cfg.per_device_train_batch_size)
@@ -240,10 +238,11 @@ def estimate(
     work:Work|None=None, # A batch to reckon with; None: `heaviest`
 )->Estimate: # `print` it, or end a cell with it; `total` is what a GPU must have
     "Say how much memory a run needs on each GPU, by part and moment. Only `config.json` of the checkpoint is read, and the data file where there is one; a published model need not be on this machine. Raises as `heaviest` and `resolve`."
+    if cfg.use_cpu: cfg = fit_precision(cfg, gpu=False)[0] # as the run will
     ranks, (config, folder) = (gpus or cfg.gpus or 1)*cfg.nnodes, look_up(cfg.model_name_or_path, cfg.revision)
     if config is None: folder = resolve(cfg.model_name_or_path, cfg.revision)[0]; config = read_config(folder)
     work = work or (heaviest(cfg, folder) if folder else _unmeasured(cfg, config))
-    return Estimate(_rows(config, cfg, ranks, work), ranks, work, _notes(cfg, ranks, _host(config, cfg, ranks)), _host(config, cfg, ranks), cfg.use_cpu)
+    return Estimate(_rows(config, cfg, ranks, work), ranks, work, _notes(cfg, ranks, _host(config, cfg, ranks)), _host(config, cfg, ranks), cfg.use_cpu, ranks//cfg.nnodes)
 
 # %% ../nbs/15_estimating.ipynb #5f5e4bb7
 MOMENTS = (('adafactor', 0), ('sgd', 0), ('rmsprop', 4), ('adagrad', 4), ('lion', 4), ('8bit', 2)) # Bytes of state by what an optimiser's name holds; others are Adams
@@ -306,5 +305,5 @@ def _notes(cfg:Config, ranks:int, host:float)->tuple: # What is special about th
     said = []
     if not cfg.bf16 and not cfg.fp16: said.append('Everything in float32.')
     if host: said.append(f'What is offloaded needs {host*ranks/cfg.nnodes:.1f} GB in the memory of {"the" if cfg.nnodes == 1 else "each"} machine.')
-    if zero_stage(cfg) == 3: said.append('Every process loads the whole model before ZeRO-3 splits it.')
+    if zero_stage(cfg) == 3 and ranks > 1: said.append('Every process loads the whole model before ZeRO-3 splits it.')
     return tuple(said)

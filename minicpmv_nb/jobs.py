@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PATIENCE', 'END', 'LIVE', 'fit_machine', 'check_port', 'fit_network', 'interface', 'torchrun', 'clear_locks',
            'script_text', 'write_script', 'RunFailed', 'Run', 'alive', 'find_runs', 'wait', 'cause', 'stop', 'resume',
-           'start', 'fill_in', 'run_folder', 'launch', 'slurm']
+           'start', 'fill_in', 'run_folder', 'own_deepspeed', 'launch', 'slurm']
 
 # %% ../nbs/12_jobs.ipynb #94c15c44
 import hashlib, json, os, re, shlex, signal, socket, subprocess, sys, time
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .batches import load_data
-from .config import Config, make_config, check_batch, deepspeed_json, deepspeed_notes, load_config, precision_notes, read_metrics, read_status, save_config, to_flags, write_json
+from .config import Config, check_batch, deepspeed_json, deepspeed_notes, load_config, make_config, precision_notes, read_metrics, read_status, save_config, to_flags, write_json
 from .families import check_llm_type, find_family, read_config, resolve
 from .plots import plot_run
 from .prompts import Processor
@@ -281,7 +281,7 @@ def cause(self,
     since = _log_since(self, self.status())
     error = self.status().get('error')
     hung = error if error and 'has not finished step' in error else None # such a rank is killed in the end
-    said = hung or _killed(since) or _apart(since, self) or error or ('A process ended without a word.' if self.log() else 'Nothing was printed.')
+    said = hung or _killed(since) or _port(since, self) or _alone(since, self) or error or ('A process ended without a word.' if self.log() else 'Nothing was printed.')
     return f'{said}\nLast lines of {self.file("log.txt")}:\n{self.log(15)}'
 
 def _killed(log:str)->str|None: # The rank that was ended from outside, by torchrun's account; the errors of the others are consequences
@@ -291,10 +291,14 @@ def _killed(log:str)->str|None: # The rank that was ended from outside, by torch
     rank, name, pid = found[0]
     return f'Rank {rank} (process {pid}) was ended by {name}.' + (' The system may have run out of memory.' if name == 'SIGKILL' else '')
 
-def _apart(log:str, run:Run)->str|None: # Machines that did not come together
+def _port(log:str, run:Run)->str|None: # Taken between the check and the start
+    if not re.search('server socket has failed to listen.*EADDRINUSE', log): return None
+    port = run.config.master_port
+    return f'Port {port} was taken by something else just before the start. Set master_port to another number, or to None for a free one.' if port else 'The free port that was chosen was taken by something else just before the start. Launch again.'
+
+def _alone(log:str, run:Run)->str|None: # Machines that did not come
     place, seconds = f'{run.config.master_addr}:{run.config.master_port}', _join_timeout(run)
     came = re.search(r'Timed out after \d+ seconds waiting for clients\. (\d+)/(\d+) clients joined', log)
-    if 'EADDRINUSE' in log: return f'Port {run.config.master_port} was taken by something else just before the start. Set master_port to another number, or to None for a free one.'
     if came: return f'Of {came[2]} machines, {came[1]} came to {place} within {seconds} seconds. Launch the run on the others as well, with the same nnodes, master_addr and master_port, and see that no firewall keeps them from this port.'
     waited = 'client socket has timed out after' in log and run.node_rank
     return f'Machine 0 did not answer at {place} within {seconds} seconds. Launch the run there as well; then check master_addr, master_port and the firewall.' if waited else None
@@ -364,7 +368,7 @@ def fill_in(
     here:bool, # Whether this machine will run it
     checkpoint:dict, # The model's `config.json`
 )->tuple[Config,list[str]]: # With absolute paths, processes, port and precision; what should be known about them
-    "Decide what was left open. Raises as `fit_machine`, `fit_network`, `check_port`, `fit_precision` and `check_batch`."
+    "Decide what was left open. Raises as `fit_machine`, `fit_network`, `check_port`, `check_batch` and `deepspeed_json`."
     import torch
     elsewhere = not here and cfg.gpus is not None # on GPUs this machine need not have
     asked, cfg = cfg, fit_network(cfg if elsewhere else fit_machine(cfg, _gpus(cfg)), here)
@@ -399,6 +403,13 @@ def _awaits(folder:Path, cfg:Config)->bool: # Whether another machine has writte
     place = lambda c: (c.nnodes, c.master_addr, c.master_port or 6001)
     return cfg.nnodes > 1 and place(other) == place(cfg) and other.node_rank != cfg.node_rank and read_status(folder).get('state') not in ('done', 'failed', 'stopped')
 
+def own_deepspeed(
+    cfg:Config, # From `fill_in`
+    run:Run, # Whose it is
+)->Config: # With the DeepSpeed file of the run, where it has one
+    "A run reads its own copy of DeepSpeed's configuration."
+    return replace(cfg, deepspeed=str(run.file('deepspeed.json'))) if cfg.deepspeed else cfg
+
 def _reserve(run:Run)->None: # Of two launches into one folder, one fails here
     run.folder.mkdir(parents=True, exist_ok=True)
     try: open(run.file('run.sh'), 'x').close()
@@ -406,9 +417,8 @@ def _reserve(run:Run)->None: # Of two launches into one folder, one fails here
 
 def _write_folder(run:Run, cfg:Config, reports:dict, known:dict)->None: # All that is known before the start
     _reserve(run)
-    if cfg.deepspeed:
-        write_json(run.file('deepspeed.json'), deepspeed_json(cfg))
-        cfg = replace(cfg, deepspeed=str(run.file('deepspeed.json')))
+    if cfg.deepspeed: write_json(run.file('deepspeed.json'), deepspeed_json(cfg))
+    cfg = own_deepspeed(cfg, run)
     save_config(cfg, run.file('config.json'), **known)
     if run.node_rank: # a folder is known by its config.json; machine 0 replaces it if the folder is shared
         try:

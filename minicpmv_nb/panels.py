@@ -9,6 +9,7 @@ __all__ = ['TONES', 'Panel', 'Later', 'stamp', 'details', 'button', 'Given']
 import atexit, logging, threading, time, traceback
 from html import escape
 from pathlib import Path
+from stat import S_ISREG
 from weakref import WeakSet
 
 import ipywidgets as W
@@ -74,7 +75,7 @@ _AT_WORK = WeakSet() # All that may have a thread
 
 class Later:
     "Work in a thread, some time after it was last asked for. Only the newest request is served."
-    def __init__(self, work, delay:float=0.7): # A function that raises nothing; seconds without a new request
+    def __init__(self, work, delay:float=0.7): # A function, whose errors go to the log; seconds without a new request
         self.work, self.delay, self.asked, self.due, self.thread, self.changed = work, delay, None, 0.0, None, threading.Condition()
         _AT_WORK.add(self)
 
@@ -87,8 +88,12 @@ class Later:
 
     def _serve(self)->None:
         try:
-            while (args := self._next()) is not None: self.work(*args)
+            while (args := self._next()) is not None: self._work(*args)
         finally: self._end()
+
+    def _work(self, *args)->None: # An error must not end the requests that come after it
+        try: self.work(*args)
+        except Exception: logging.getLogger(__name__).exception('work that was asked for later')
 
     def _next(self)->tuple|None: # Waits for the moment; None: nothing is asked for
         with self.changed:
@@ -112,15 +117,19 @@ class Later:
 
 @atexit.register
 def _finish()->None: # A thread that is inside torch when Python ends would abort the process
-    for later in list(_AT_WORK): later.drop(); later.join()
+    for later in list(_AT_WORK): later.drop()
+    for later in list(_AT_WORK):
+        try: later.join()
+        except TimeoutError as e: logging.getLogger(__name__).warning(str(e))
 
 # %% ../nbs/18_panels.ipynb #9e6381e6
 def stamp(
-    path:str|Path, # A file
+    path:str|Path|None, # A file
 )->tuple|None: # Tells two versions of it apart; None: it is not there
     "What changes when a file changes."
-    file = Path(path).expanduser()
-    return (str(file), file.stat().st_mtime_ns, file.stat().st_size) if path and file.is_file() else None
+    try: found = (file := Path(path).expanduser()).stat()
+    except (OSError, RuntimeError, TypeError, ValueError): return None # whatever keeps it from being looked at
+    return (str(file), found.st_mtime_ns, found.st_size) if S_ISREG(found.st_mode) else None
 
 def details(
     title:str, # What stands there

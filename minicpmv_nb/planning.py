@@ -22,7 +22,7 @@ from .config import NAMES, Config, deepspeed_json, from_script, full, load_confi
 from .diagnosis import Machine, this_machine
 from .estimating import OF_THE_MODEL, Estimate, Work, estimate, heaviest
 from .families import check_llm_type, find_family, look_up
-from .jobs import fill_in, run_folder, script_text
+from .jobs import Run, fill_in, own_deepspeed, run_folder, script_text
 from .panels import Panel, details, stamp
 from .quantizing import refuse_four_bit
 from .tuning import target_pattern
@@ -114,7 +114,7 @@ def obstacles(
     found = {}
     for field, check in _checks(cfg, model, folder):
         try: check()
-        except (ImportError, OSError, ValueError) as e: found[field] = str(e)
+        except (ImportError, OSError, RuntimeError, ValueError) as e: found[field] = str(e) # RuntimeError: the home of somebody unknown
     return found
 
 # %% ../nbs/21_planning.ipynb #d067a342
@@ -127,8 +127,7 @@ def preview(
     "What `launch` would write. Raises as `launch` for GPUs, port, address, precision and the run folder."
     folder = run_folder(cfg, name)
     filled, notes = fill_in(replace(cfg, output_dir=str(folder), revision=commit or cfg.revision), True, model or {})
-    written = replace(filled, deepspeed=str(folder/'deepspeed.json')) if filled.deepspeed else filled
-    return filled, script_text(written, folder), notes
+    return filled, script_text(own_deepspeed(filled, Run(folder, cfg.node_rank)), folder), notes
 
 # %% ../nbs/21_planning.ipynb #a8a359a1
 def again(
@@ -140,6 +139,8 @@ def again(
     except ValueError: same = False # ours cannot be made of these values, so the file is another
     return replace(ours if same else cfg, output_dir=None, resume_from_checkpoint=None)
 
+def _is_config(content)->bool: return isinstance(content, dict) and {'model_name_or_path', 'data_path'} <= content.keys()
+
 def read_settings(
     path:str|Path, # A script like the guide's, a run's `config.json`, or a run folder
 )->tuple[Config,list[str]]: # The configuration, and what was said while reading
@@ -147,7 +148,7 @@ def read_settings(
     file, said = Path(path).expanduser(), StringIO()
     if file.is_dir(): file = file/'config.json'
     if not file.is_file(): raise FileNotFoundError(f'There is no file {file}. Give a script like finetune_lora.sh, or the config.json of a run.')
-    if file.suffix == '.json' and 'data_path' not in json.loads(file.read_text(encoding='utf-8')): raise ValueError(f'{file} is no config.json of a run: it has no data_path.')
+    if file.suffix == '.json' and not _is_config(json.loads(file.read_text(encoding='utf-8'))): raise ValueError(f'{file} is no config.json of a run: it has no model_name_or_path or no data_path.')
     with redirect_stdout(said): cfg = again(load_config(file)) if file.suffix == '.json' else from_script(file)
     return cfg, said.getvalue().splitlines()
 
@@ -189,9 +190,10 @@ def verdict(
         'with QLoRA, with tune_vision=False, with deepspeed on several GPUs, or with offload.'), 'wrong'
 
 def _on_cpu(e:Estimate, machine:Machine)->tuple[str,str]: # Where no GPU is used
-    need = f'{e.gpus} {e.places} {"need" if e.gpus > 1 else "needs"} {_gb(e.gpus*e.total)} GB, and about {e.gpus*ROOM:.0f} GB for Python and the libraries'
-    if not machine.ram or e.gpus*(e.total + ROOM) <= machine.ram: return f'✓ It fits. {need}' + (f'; this machine has {machine.ram:.0f} GB.' if machine.ram else '.'), 'done'
-    return f'✗ It does not fit. {need}; this machine has {machine.ram:.0f} GB. Use fewer processes, or a GPU.', 'wrong'
+    n, several = e.here, e.here > 1
+    need = f'{n} {e.places if several else e.place} {"need" if several else "needs"} {_gb(n*e.total)} GB, and about {n*ROOM:.0f} GB for Python and the libraries'
+    if not machine.ram or n*(e.total + ROOM) <= machine.ram: return f'✓ It fits. {need}' + (f'; this machine has {machine.ram:.0f} GB.' if machine.ram else '.'), 'done'
+    return f'✗ It does not fit. {need}; this machine has {machine.ram:.0f} GB. Use {"fewer processes, or " if several else ""}a GPU.', 'wrong'
 
 # %% ../nbs/21_planning.ipynb #00d08fa9
 OF_THE_BATCH = ('per_device_train_batch_size', 'model_max_length', 'max_slice_nums', 'extra_image_tags')
@@ -233,5 +235,5 @@ def _picture(e:Estimate|None, machine:Machine)->str: # HTML
     import base64
     if e is None: return ''
     file = BytesIO()
-    plot_estimate(e, min((gb for _, gb in machine.gpus), default=None)).savefig(file, format='png', dpi=180)
+    plot_estimate(e, None if e.cpu else min((gb for _, gb in machine.gpus), default=None)).savefig(file, format='png', dpi=180)
     return f'<img style="width:500px;max-width:100%" alt="{escape(str(e), quote=True)}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'

@@ -274,11 +274,11 @@ def counted(
     what:str, # What is done with them
     watch=None, # Instead of a bar: called before each with `what`, how many are done and how many there are
 ): # Yields the items
-    "Show how far it is; a bar appears after 3 seconds."
-    from tqdm.auto import tqdm
-    if watch is None: yield from tqdm(items, desc=what, delay=3)
-    else:
-        for i, item in enumerate(items): watch(what, i, len(items)); yield item
+    "Show how far it is: in a bar, which appears after 3 seconds, or by `watch`."
+    if watch is None:
+        from tqdm.auto import tqdm
+        return (yield from tqdm(items, desc=what, delay=3))
+    for i, item in enumerate(items): watch(what, i, len(items)); yield item
 
 def check(
     path:str|Path, # A file in the guide's format

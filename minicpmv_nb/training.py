@@ -173,7 +173,8 @@ class RunLog(TrainerCallback):
         return dict(tokens_per_second=round(total[0]/seconds, 1), samples_per_second=round(total[1]/seconds, 2), memory_gb=round(peak/1e9, 3))
 
     def _line(self, e:dict, state)->str:
-        shown = [f'{k} {e[k]:.4g}' for k in ('loss', 'eval_loss', 'grad_norm', 'learning_rate') if k in e] + [f'{e[k]:,.0f} tokens/s' for k in ('tokens_per_second',) if k in e]
+        shown = [f'{k} {e[k]:.4g}' for k in ('loss', 'eval_loss', 'grad_norm', 'learning_rate') if k in e]
+        if 'tokens_per_second' in e: shown.append(f'{e["tokens_per_second"]:,.0f} tokens/s')
         done = state.global_step - self.start[1]
         left = (time.time()-self.start[0])/max(done, 1)*(state.max_steps-state.global_step)
         return f'step {state.global_step}/{state.max_steps}  ' + '  '.join(shown) + f'  {int(left//3600)}:{int(left%3600//60):02}:{int(left%60):02} left'

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import ipywidgets as W
 
-from .answer_panels import ChatPanel, MergePanel, near
 from .annotate_panel import AnnotatePanel
+from .answer_panels import ChatPanel, MergePanel, near
 from .config_panel import ConfigPanel
 from .data_panel import DataPanel
 from .jobs import Run
@@ -78,7 +78,7 @@ def _to_config(w:Workbench)->None: # Data and checkpoint, and what the data was 
     written, known = w.annotate.values(), w.config.values()
     wanted = dict(model_name_or_path=w.data.model.value, data_path=w.data.path.value, eval_data_path=written['eval_file'] if w.data.path.value == written['file'] else None)
     if w.data.checked:
-        wanted |= {name: w.data.values()[name] for name in _CHECKED_WITH}
+        wanted |= {name: w.data.settings[name] for name in _CHECKED_WITH}
         known |= {name: w.config.rows[name].read()[name] for name in _CHECKED_WITH}
         for name in _CHECKED_WITH: w.given.setdefault(name, w.config.base[name]) # where the form starts from was not typed
     fresh = {name: value for name, value in wanted.items() if _fresh(w, name, known.get(name), value)}

@@ -265,3 +265,21 @@ def test_an_empty_panel_does_not_stumble():
     panel = AnnotatePanel()
     panel.share.value = .2
     assert panel.values()['entries'] == 0 and panel.said == ''
+
+def test_pictures_that_disappear_while_they_are_shown(tmp_path):
+    panel = AnnotatePanel(str(album_of(tmp_path, 3)))
+    (tmp_path/'0.png').unlink()
+    panel.skip.click()
+    assert panel.picture == '1.png' and 'not in list' not in panel.said
+    answer(panel, 'Black.', 'Which colour?')
+    for name in ('1.png', '2.png'): (tmp_path/name).unlink()
+    panel.remove.click()
+    assert panel.said == f'There is no picture in {tmp_path}: add some.'
+
+def test_a_folder_that_disappears_is_said(tmp_path):
+    import shutil
+    (tmp_path/'album').mkdir()
+    panel = AnnotatePanel(str(album_of(tmp_path/'album')))
+    shutil.rmtree(tmp_path/'album')
+    answer(panel, 'Black.', 'Which colour?')
+    assert panel.said == f'The folder {tmp_path/"album"} is not there any more. Nothing was written.'

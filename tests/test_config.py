@@ -5,7 +5,7 @@ from dataclasses import asdict, fields, replace
 import pytest
 
 from support import SCRIPTS
-from minicpmv_nb.config import (GUIDE_LORA_TARGETS, NO_EFFECT, Config, deepspeed_json, deepspeed_notes, from_flags, from_script, full,
+from minicpmv_nb.config import (GUIDE_LORA_TARGETS, NO_EFFECT, Config, nearest_name, read_value, deepspeed_json, deepspeed_notes, from_flags, from_script, full,
     load_config, lora, save_config, to_flags, write_json, zero_stage, check_batch, precision_notes, qlora, recommended)
 
 # What chapter 3.1 of the guide says, flag by flag, in its own words.
@@ -142,6 +142,13 @@ def test_flag_is_refused(argv, message):
 @pytest.mark.parametrize('missing', NEEDED)
 def test_needed_flag_is_missing(missing):
     with pytest.raises(ValueError, match=f'--{missing} is missing'): from_flags([p for k, v in NEEDED.items() if k != missing for p in (f'--{k}', v)])
+
+def test_aliases_are_names_of_settings_only():
+    assert nearest_name('lr') == ' Did you mean learning_rate?' and nearest_name('lr', ('adamw_torch', 'sgd')) == ''
+
+def test_whole_numbers_stay_whole():
+    assert read_value('seed', '9007199254740993') == 9007199254740993 and read_value('max_steps', '1e4') == 10000
+    with pytest.raises(ValueError, match='expected int'): read_value('max_steps', '1.5')
 
 @pytest.mark.parametrize('preset', [lora, qlora, full])
 def test_unknown_setting_gives_the_nearest_name(preset):

@@ -175,13 +175,29 @@ def test_typing_is_not_estimated(panel, monkeypatch):
     panel.set(lora_r=128); panel.later.join()
     assert asked == [128]
 
-def test_a_failed_request_does_not_end_later(monkeypatch):
-    failed, seen = [], []
-    monkeypatch.setattr(threading, 'excepthook', failed.append)
-    later = Later(lambda x: seen.append(1/x), 0)
-    later.ask(0); later.join()
-    later.ask(1); later.join()
-    assert seen == [1] and [f.exc_type for f in failed] == [ZeroDivisionError]
+def test_a_failed_request_takes_none_with_it(caplog):
+    begun, go, seen = threading.Event(), threading.Event(), []
+    def work(x): begun.set(); go.wait(10); seen.append(1/x)
+    later = Later(work, 0)
+    later.ask(0); begun.wait(10)
+    later.ask(1); go.set(); later.join() # asked for while the other one is at work
+    assert seen == [1] and 'ZeroDivisionError' in caplog.text
+
+@pytest.mark.parametrize('name', ['data_path', 'eval_data_path', 'model_name_or_path', 'output_dir'])
+@pytest.mark.parametrize('path', ['~nobodyhere/x.json', 'a'*300])
+def test_an_impossible_path_is_told(panel, name, path):
+    panel.set(**{name: path}, **(dict(do_eval=True) if name == 'eval_data_path' else {}))
+    panel.later.join()
+    assert panel.wrong and panel.go.disabled
+
+def test_a_file_that_only_looks_like_one(panel, tmp_path):
+    (tmp_path/'deep.json').write_text('['*200_000)
+    panel.set(data_path=str(tmp_path/'deep.json')); panel.later.join()
+    assert 'data_path' in panel.wrong and 'estimating' not in panel.memory.said
+
+def test_without_a_gpu_the_form_reckons_with_the_cpu(panel):
+    panel.set(use_cpu=False, gpus=None); panel.later.join()
+    assert 'CPU process' in panel.steps and panel.memory.said.startswith('✓ It fits. 1 process on the CPU needs')
 
 def test_a_model_of_a_hub_is_not_downloaded(monkeypatch):
     monkeypatch.setattr('huggingface_hub.snapshot_download', lambda *a, **kw: pytest.fail('downloads'))

@@ -148,6 +148,8 @@ def test_a_port_that_was_taken_meanwhile_is_said(cfg):
     run = launch(cfg, start=False, master_port=free_port())
     run.file('log.txt').write_text('RuntimeError: The server socket has failed to listen on any local network address. port: 1, useIpv6: false, code: -98, name: EADDRINUSE, message: address already in use')
     assert run.cause().startswith(f'Port {run.config.master_port} was taken by something else') and 'master_port' in run.cause()
+    run.file('log.txt').write_text('OSError: EADDRINUSE, says something else')
+    assert 'was taken' not in run.cause()
 
 def test_checkpoints_of_something_else_are_left_alone(cfg):
     old = Path(cfg.output_dir)/'checkpoint-400'; old.mkdir(parents=True)
