@@ -181,7 +181,7 @@ DEFAULTS = {f.name: f.default for f in fields(Config)}
 
 # What other programs call it
 ALIASES = dict(lr='learning_rate', batch_size='per_device_train_batch_size', bs='per_device_train_batch_size', r='lora_r', rank='lora_r', alpha='lora_alpha', dropout='lora_dropout', epochs='num_train_epochs',
-    steps='max_steps', device='use_cpu', max_seq_length='model_max_length', accumulation='gradient_accumulation_steps', model='model_name_or_path', data='data_path', target_modules='lora_target_modules')
+    steps='max_steps', device='use_cpu', max_seq_length='model_max_length', accumulation='gradient_accumulation_steps', model='model_name_or_path', data='data_path', target_modules='lora_target_modules', adam='adamw_torch', adamw='adamw_torch')
 
 def nearest_name(
     name:str, # What somebody wrote

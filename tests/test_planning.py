@@ -68,6 +68,7 @@ def test_what_is_no_config_of_a_run(tmp_path, content):
 
 def test_an_optimiser_is_not_a_setting():
     said = obstacles(lora('', '', optim='lr', lr_scheduler_type='steps'), None, None)
+    assert obstacles(lora('', '', optim='adam'), None, None)['optim'].endswith('Did you mean adamw_torch?')
     assert 'learning_rate' not in said['optim'] and 'max_steps' not in said['lr_scheduler_type']
 
 
