@@ -292,7 +292,7 @@ def _short(path:Path)->str: # As one would type it here
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 def _watch_run(run)->int: # Until it ends; Ctrl-C ends only the watching
-    name = _short(run.folder)
+    name = shlex.quote(_short(run.folder))
     try: follow(run)
     except KeyboardInterrupt:
         print(f'\n{name} goes on.\n  to watch it:  minicpmv_nb watch {name}\n  to stop it:   minicpmv_nb watch {name} --stop\n  and resume:   minicpmv_nb watch {name} --resume', file=sys.stderr)
@@ -312,7 +312,7 @@ def _train(a, rest, p)->int:
     print(f'run folder: {_short(run.folder)}', flush=True)
     return 0 if a.detach else _watch_run(run)
 
-COMMANDS['train'] = Command(_train, 'train: check everything, start a run, watch it', lambda: 'Check everything, write a run folder, start torchrun in the background, and watch the run until it ends. Ctrl-C ends only the watching.', _train_arguments,
+COMMANDS['train'] = Command(_train, 'check everything, start a run, watch it', lambda: 'Check everything, write a run folder, start torchrun in the background, and watch the run until it ends. Ctrl-C ends only the watching.', _train_arguments,
     ('train --method lora --recommended --model_name_or_path openbmb/MiniCPM-V-2_6 --data_path train.json', 'train --script finetune_lora.sh --gpus 8 --detach', 'train --config runs/first/config.json --learning_rate 5e-5 --name second'), flags=True)
 
 # %% ../nbs/26_command.ipynb #348d70f3
@@ -355,7 +355,7 @@ def _watch(a, rest, p)->int:
     if a.resume: run.resume()
     return 0 if (a.stop or a.log or a.plot) and not a.resume else _watch_run(run)
 
-COMMANDS['watch'] = Command(_watch, 'how far are my runs? Stop one, resume one, draw its loss', lambda: 'Show how far a run is, until it ends; Ctrl-C ends only the watching. Exits with 1 when the run failed.', _watch_arguments,
+COMMANDS['watch'] = Command(_watch, 'how far are my runs? Stop one, resume one, draw its loss', lambda: 'Show how far a run is, until it ends; Ctrl-C ends only the watching. Exits with 1 when the run failed, or was stopped before its end.', _watch_arguments,
     ('watch', 'watch runs/lora-20250101-120000', 'watch first --stop', 'watch first --resume', 'watch first --plot loss.png', 'watch first --log'))
 
 # %% ../nbs/26_command.ipynb #1492f359

@@ -67,7 +67,7 @@ class Config:
     seed: int = 42 # Order of the samples, dropout, new weights
     dataloader_num_workers: int = 2 # Processes that decode and slice pictures, per GPU
     # optimiser
-    learning_rate: float = 1e-6 # The guide's value; LoRA usually wants about 1e-4
+    learning_rate: float = 1e-6 # LoRA usually wants about 1e-4; the guide has 1e-6
     weight_decay: float = 0.1 # Not applied to biases and norms
     vision_learning_rate: float|None = None # Of the vision tower; None: `learning_rate`
     vision_weight_decay: float|None = None # None: `weight_decay`
@@ -90,7 +90,7 @@ class Config:
     evaluation_strategy: str = 'steps' # `steps`, `epoch` or `no`
     eval_steps: int = 1000 # Steps between two evaluations
     save_strategy: str = 'steps' # `steps`, `epoch` or `no`
-    save_steps: int = 1000 # Steps between two checkpoints
+    save_steps: int = 1000 # Steps between two checkpoints; an evaluation better than all before saves one, too
     save_total_limit: int|None = 10 # Older checkpoints beyond this number are deleted, the best one aside
     load_best_model_at_end: bool = False # Hand over the weights with the lowest evaluation loss as `final`, not the last ones
     early_stopping_patience: int|None = None # Stop after this many evaluations without a lower loss; None: never

@@ -100,7 +100,7 @@ def _open_files(process): # Of one process; none of one that has gone, or is not
 
 def _environment(cfg:Config)->dict[str,str]: # What the workers need to find
     nccl = {k: '1' for k, on in dict(NCCL_P2P_DISABLE=cfg.nccl_p2p_disable, NCCL_IB_DISABLE=cfg.nccl_ib_disable).items() if on}
-    cpu = dict(DS_ACCELERATOR='cpu', CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS=str(max((os.cpu_count() or 1)//cfg.gpus, 1))) if cfg.use_cpu else {}
+    cpu = dict(DS_ACCELERATOR='cpu', CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS=str(max(((os.cpu_count() or 1)-1)//cfg.gpus, 1))) if cfg.use_cpu else {}
     gloo = dict(GLOO_SOCKET_IFNAME=name) if cfg.use_cpu and cfg.nnodes > 1 and cfg.master_addr != 'localhost' and (name := interface(cfg.master_addr)) else {}
     chosen = {k: os.environ[k] for k in ('GLOO_SOCKET_IFNAME', 'NCCL_SOCKET_IFNAME', 'OMP_NUM_THREADS') if k in os.environ}
     tools = dict(PATH=f'{Path(sys.executable).parent}{os.pathsep}' + os.environ.get('PATH', '')) # DeepSpeed compiles with the ninja of this environment
@@ -145,6 +145,10 @@ def write_script(
     file.chmod(0o755)
 
 # %% ../nbs/12_jobs.ipynb #8cd22a42
+def _calm(log:str)->str: # Without the traceback with which torchrun ends when a run was stopped
+    saved = log.rfind('stopped by SIGTERM after step')
+    return log if saved < 0 or not re.search(r'SignalException: Process \d+ got signal: 15\s*$', log[saved:]) else log[:log.index('\n', saved)]
+
 class RunFailed(RuntimeError):
     "A run ended without finishing. The message has the cause and the last lines of its log."
 
@@ -183,7 +187,7 @@ class Run:
         if not self.file('log.txt').is_file(): return ''
         with open(self.file('log.txt'), 'rb') as f:
             f.seek(max(f.seek(0, os.SEEK_END) - 100_000 - 1000*lines, 0)) # enough, and quick however long the log is
-            whole = f.read().decode(errors='replace').replace('\r\n', '\n')
+            whole = _calm(f.read().decode(errors='replace').replace('\r\n', '\n'))
         return '\n'.join(line.rstrip('\r').rpartition('\r')[2] for line in whole.rstrip('\n').split('\n')[-lines:])
 
     def plot(self, file:str|Path|None=None, **how): # Loss and learning rate, or what `how` says to `draw`

@@ -68,6 +68,7 @@ def read_adapter(
 )->Adapter: # What it changes
     "Read an adapter's headers. Raises `FileNotFoundError` without the files, `ValueError` for settings that cannot be merged here."
     folder = Path(folder)
+    if not folder.is_dir(): raise FileNotFoundError(f'There is no folder {folder}: give a final or checkpoint folder of a LoRA run.')
     for name in ('adapter_config.json', 'adapter_model.safetensors'):
         if not (folder/name).is_file(): raise FileNotFoundError(f'{folder} has no {name}: give a final or checkpoint folder of a LoRA run.')
     config = json.loads((folder/'adapter_config.json').read_text(encoding='utf-8'))

@@ -1,12 +1,13 @@
 "The panel that makes a data file: what it writes, without a browser."
 import json, time
+from io import BytesIO
 from datetime import datetime
 from threading import Thread
 
 import pytest
 from PIL import Image
 
-from minicpmv_nb.annotate_panel import Album, AnnotatePanel, add_picture, chosen, image_of, read_guide, rounds_of
+from minicpmv_nb.annotate_panel import Album, AnnotatePanel, add_picture, chosen, image_of, read_guide, rounds_of, small
 from minicpmv_nb.data_panel import jpeg
 from minicpmv_nb.samples import check
 from support import QUESTION, entry, talk
@@ -283,3 +284,23 @@ def test_a_folder_that_disappears_is_said(tmp_path):
     shutil.rmtree(tmp_path/'album')
     answer(panel, 'Black.', 'Which colour?')
     assert panel.said == f'The folder {tmp_path/"album"} is not there any more. Nothing was written.'
+
+def test_transparent_pixels_have_the_colour_that_the_model_sees(tmp_path):
+    Image.new('RGBA', (1000, 800), (255, 250, 255, 0)).save(tmp_path/'logo.png')
+    with Image.open(BytesIO(small(tmp_path/'logo.png'))) as im: assert min(im.convert('RGB').getpixel((40, 30))) > 240
+
+def test_a_rotation_that_is_not_applied_is_said(tmp_path):
+    im = Image.new('RGB', (60, 30))
+    exif = im.getexif(); exif[0x0112] = 6
+    im.save(tmp_path/'phone.jpg', exif=exif)
+    assert 'its EXIF rotation is not applied' in AnnotatePanel(str(tmp_path)).view.value
+
+def test_pictures_of_other_kinds_are_named(tmp_path):
+    (tmp_path/'IMG_1.HEIC').write_bytes(b'x')
+    assert AnnotatePanel(str(tmp_path)).said == f'There is no picture in {tmp_path}: add some. Not shown, since such files cannot be read: IMG_1.HEIC. Save them as JPG or PNG.'
+    assert AnnotatePanel(str(album_of(tmp_path))).said.endswith('cannot be read: IMG_1.HEIC. Save them as JPG or PNG.')
+
+def test_a_folder_must_be_named():
+    panel = AnnotatePanel()
+    panel.go.click()
+    assert panel.said == 'Type a folder of pictures, or choose one.'

@@ -247,7 +247,7 @@ def test_help_lists_every_field():
     said = subprocess.run([sys.executable, '-m', 'minicpmv_nb.training', '--help'], capture_output=True, text=True, check=True).stdout
     listed = [line.split()[0] for line in said.splitlines() if line.startswith('  --')]
     assert listed == [f'--{f.name}' for f in fields(Config)]
-    assert "--learning_rate float [1e-6]\n      The guide's value; LoRA usually wants about 1e-4" in said
+    assert "--learning_rate float [1e-6]\n      LoRA usually wants about 1e-4; the guide has 1e-6" in said
 
 def test_default_targets_are_the_guides(): assert GUIDE_LORA_TARGETS == LORA['lora_target_modules']
 

@@ -151,6 +151,14 @@ def test_a_port_that_was_taken_meanwhile_is_said(cfg):
     run.file('log.txt').write_text('OSError: EADDRINUSE, says something else')
     assert 'was taken' not in run.cause()
 
+def test_the_log_of_a_stopped_run_ends_with_what_was_saved(cfg):
+    run = launch(cfg, start=False)
+    ended = 'step 7/9\nstopped by SIGTERM after step 7; resuming goes on from there\nTraceback (most recent call last):\n  File "x"\ntorch.distributed.elastic.multiprocessing.api.SignalException: Process 5 got signal: 15\n'
+    run.file('log.txt').write_text(ended)
+    assert run.log(1) == 'stopped by SIGTERM after step 7; resuming goes on from there'
+    run.file('log.txt').write_text(ended + 'resuming from checkpoint-7\n')
+    assert run.log(1) == 'resuming from checkpoint-7' and 'SignalException' in run.log(2)
+
 def test_checkpoints_of_something_else_are_left_alone(cfg):
     old = Path(cfg.output_dir)/'checkpoint-400'; old.mkdir(parents=True)
     with pytest.raises(FileExistsError, match='holds no run of this package'): launch(cfg)

@@ -10,7 +10,7 @@ from minicpmv_nb.estimating import estimate
 from minicpmv_nb.families import FAMILIES
 from minicpmv_nb.jobs import launch
 from minicpmv_nb.panels import Given, stamp
-from minicpmv_nb.planning import MemoryPanel, obstacles, plot_estimate as plot, preview, read_settings, verdict
+from minicpmv_nb.planning import MemoryPanel, batch_line, obstacles, plot_estimate as plot, preview, read_settings, verdict
 
 SMALL = dict(use_cpu=True, gpus=1, fp16=False, deepspeed=None, tune_vision=False, report_to='none', dataloader_num_workers=0, max_steps=2, save_steps=100)
 
@@ -51,6 +51,12 @@ def test_gathered_weights_need_somebody_to_gather_from(official):
     parts = lambda cfg, gpus: {r['part']: r['training'] for r in estimate(cfg, gpus).rows}['buckets and gathered weights']
     alone = parts(cfg, 1)
     assert parts(cfg, 2) - alone == pytest.approx(2.0) and parts(replace(cfg, offload='all'), 1) - alone > 1.9 # `stage3_max_live_parameters`
+
+
+def test_learning_by_heart_is_said():
+    cfg = lora('m', 'd', gpus=1, use_cpu=True, gradient_accumulation_steps=1, per_device_train_batch_size=5, max_steps=51)
+    assert batch_line(cfg, 5).endswith('More than 50 passes learn a file by heart: lower max_steps unless that is wanted.') and 'x 1 pass x' in batch_line(cfg)
+    assert 'by heart' not in batch_line(replace(cfg, max_steps=50), 5)
 
 
 # --- run.sh and settings ---------------------------------------------------------------------------------------------
