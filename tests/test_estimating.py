@@ -79,7 +79,7 @@ def test_every_family_can_be_estimated(family, tmp_path):
     activations = [r for r in e.rows if 'backward' in r['part']]
     assert all(r['training'] > 0 for r in activations)
 
-@pytest.mark.parametrize('file', sorted((TESTS.parent/'benchmarks'/'results').glob('*H200*.json')), ids=lambda f: f.stem)
+@pytest.mark.parametrize('file', sorted((TESTS.parent/'benchmarks'/'results').glob('NVIDIA-*.json')), ids=lambda f: f.stem)
 def test_the_allocator_of_a_gpu(file, tmp_path, monkeypatch):
     "What `estimate` says today is within 10 % of what a GPU once held, while loading and at the peak."
     monkeypatch.syspath_prepend(str(TESTS.parent/'benchmarks'))
