@@ -21,6 +21,7 @@ ZERO = {'': {}, 'zero2': dict(deepspeed='ds_config_zero2.json'), 'zero3': dict(d
     'zero3-offload': dict(deepspeed='ds_config_zero3.json', offload='all')}
 MODES = {f'{method}-{zero}'.strip('-'): (method, changes) for method in ('lora', 'qlora', 'full') for zero, changes in ZERO.items()}
 TINY = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=4) # weights are most of what a process holds
+MEASURED_WITH = ('torch', 'transformers', 'peft', 'deepspeed', 'bitsandbytes') # What may change memory or time
 DATA = dict(published=(500, 1344), tiny=(40, 200)) # Words of an answer, pixels of a picture's side
 TEXT = 'What is shown here, and what is written below it? A red dot on white paper, and a line of text that nobody can read.'
 
@@ -195,11 +196,24 @@ def described(args)->dict:
 
 def versions()->dict[str,str]:
     "What it ran with."
-    return dict(Python=platform.python_version()) | {p: version(p) for p in ('torch', 'transformers', 'peft', 'deepspeed', 'bitsandbytes', 'pillow')}
+    return dict(Python=platform.python_version()) | {p: version(p) for p in (*MEASURED_WITH, 'pillow')}
+
+def named(facts:dict)->str:
+    "What a result is called."
+    return (facts['device'].replace(' ', '-') if facts['gpu'] else 'cpu') + ('' if facts['scale'] == 'published' else '-tiny') + (f'-{facts["layers"]}-layers' if facts['layers'] else '')
+
+def others(facts:dict, modes:list[str], folder:Path)->list[dict]:
+    "Rows of the result that is there, of modes that are not measured now. Raises `SystemExit` when they were measured otherwise."
+    file = folder/f'{named(facts)}.json'
+    if not file.is_file(): return []
+    there = json.loads(file.read_text())
+    same = lambda f: {k: f[k] for k in ('device', 'gpus', 'family', 'scale', 'layers')} | {p: f['versions'][p] for p in MEASURED_WITH}
+    if differ := [k for k, v in same(facts).items() if v != same(there)[k]]: raise SystemExit(f'{file} differs in {", ".join(differ)}: move it, or leave --add out.')
+    return [r for r in there['rows'] if r['mode'] not in modes]
 
 def write(rows:list[dict], facts:dict, folder:Path)->Path:
     "A JSON file and a markdown table, named after the device."
-    name = (facts['device'].replace(' ', '-') if facts['gpu'] else 'cpu') + ('' if facts['scale'] == 'published' else '-tiny') + (f'-{facts["layers"]}-layers' if facts['layers'] else '')
+    name = named(facts)
     said = '' if facts['gpu'] else 'Made without a GPU, on a checkpoint of toy size: it shows that the script and the estimate agree on what a process holds. It says nothing about the memory or speed of a GPU.\n\n'
     sizes = f'{facts["scale"]} sizes' + (f', {facts["layers"]} layers of the language model' if facts['layers'] else '')
     folder.mkdir(parents=True, exist_ok=True)
@@ -218,6 +232,7 @@ def arguments()->argparse.Namespace:
     parser.add_argument('--ram', type=float, metavar='GB', help='memory of the machine, where less is shown until it is used')
     parser.add_argument('--work', type=Path, default=Path('benchmark_work'), help='for checkpoint and runs; removed at the start')
     parser.add_argument('--out', type=Path, default=HERE/'results')
+    parser.add_argument('--add', action='store_true', help='keep the rows of other modes that are in the result already')
     parser.add_argument('--again', type=Path, metavar='RESULT', help='measure nothing: put what `estimate` says today into this result (.json)')
     return parser.parse_args()
 
@@ -229,11 +244,13 @@ def renew(args, work:Path)->Path:
 
 def measure_all(args, work:Path)->Path:
     "Every mode; what is there survives the rest."
-    base, data, rows = make_checkpoint(work/'base', args.family, args.scale, args.layers), make_data(work/'data', *DATA[args.scale]), []
+    facts = described(args)
+    rows = others(facts, args.modes, args.out) if args.add else []
+    base, data = make_checkpoint(work/'base', args.family, args.scale, args.layers), make_data(work/'data', *DATA[args.scale])
     for mode in args.modes:
         rows.append(measure(mode, base, data, work, args))
         print(table(rows[-1:], args.gpu).splitlines()[-1], flush=True)
-        file = write(rows, described(args), args.out)
+        file = write(sorted(rows, key=lambda r: list(MODES).index(r['mode'])), facts, args.out)
     return file
 
 def main()->None:

@@ -91,6 +91,16 @@ def test_the_allocator_of_a_gpu(file, tmp_path, monkeypatch):
     peak = {r['mode']: r['measured']['training'] for r in rows}
     assert all(gb < .6*peak[mode.removeprefix('q')] for mode, gb in peak.items() if mode.startswith('qlora'))
 
+def test_a_result_gets_more_rows(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(TESTS.parent/'benchmarks'))
+    import gpu_modes
+    facts = json.loads((TESTS.parent/'benchmarks'/'results'/'NVIDIA-H200.json').read_text())
+    rows = facts.pop('rows')
+    assert gpu_modes.others(facts, ['lora'], tmp_path) == []
+    gpu_modes.write(rows, facts, tmp_path)
+    assert [r['mode'] for r in gpu_modes.others(facts | dict(steps=9), ['lora'], tmp_path)] == [r['mode'] for r in rows if r['mode'] != 'lora']
+    with pytest.raises(SystemExit, match='differs in torch'): gpu_modes.others(facts | dict(versions=facts['versions'] | dict(torch='9')), [], tmp_path)
+
 @pytest.mark.slow
 def test_the_benchmark_at_toy_size(tmp_path):
     said = subprocess.run([sys.executable, TESTS.parent/'benchmarks'/'gpu_modes.py', *'--scale tiny --gpus 2 --steps 2 --modes qlora-zero2-offload --work'.split(), tmp_path/'work', '--out', tmp_path/'results'],
