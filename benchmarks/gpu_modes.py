@@ -207,7 +207,7 @@ def others(facts:dict, modes:list[str], folder:Path)->list[dict]:
     file = folder/f'{named(facts)}.json'
     if not file.is_file(): return []
     there = json.loads(file.read_text())
-    same = lambda f: {k: f[k] for k in ('device', 'gpus', 'family', 'scale', 'layers')} | {p: f['versions'][p] for p in MEASURED_WITH}
+    same = lambda f: {k: f[k] for k in ('device', 'gpus', 'family', 'scale', 'layers', 'steps')} | {p: f['versions'][p] for p in MEASURED_WITH}
     if differ := [k for k, v in same(facts).items() if v != same(there)[k]]: raise SystemExit(f'{file} differs in {", ".join(differ)}: move it, or leave --add out.')
     return [r for r in there['rows'] if r['mode'] not in modes]
 
@@ -238,9 +238,7 @@ def arguments()->argparse.Namespace:
 
 def renew(args, work:Path)->Path:
     "The estimates of a result, as they are today."
-    facts = args.result
-    rows = estimates(facts, work)
-    return write(rows, {k: v for k, v in facts.items() if k != 'rows'}, args.out)
+    return write(estimates(args.result, work), {k: v for k, v in args.result.items() if k != 'rows'}, args.out)
 
 def measure_all(args, work:Path)->Path:
     "Every mode; what is there survives the rest."

@@ -302,13 +302,14 @@ def _refresh(self, *_)->None: # Also called by widgets, with what has changed
 
 def _ask(self, cfg:Config|None, wrong:dict)->None: # For an estimate, when it would be another; what it complained of is added to `wrong`, by the field it names
     if cfg is None or 'model_name_or_path' in wrong: return
+    cfg = _here(self, cfg)
     key = (*(getattr(cfg, name) for name in OF_THE_MEMORY), stamp(cfg.data_path))
     if key == self.asked:
         for name in named_fields(self.memory.fault)[:1]: wrong.setdefault(name, self.memory.fault)
         return
     self.asked, self.memory.traceback = key, ''
     self.memory.say('estimating the memory …', 'busy')
-    self.later.ask(_here(self, cfg))
+    self.later.ask(cfg)
 
 def _slowly(self, cfg:Config)->None: # In the thread
     file = stamp(cfg.data_path)

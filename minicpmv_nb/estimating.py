@@ -207,9 +207,9 @@ class Estimate:
     def together(self)->dict[str,float]: return {m: sum(r[m] for r in self.rows) for m in self.moments} # GB at each moment
 
     @property
-    def total(self)->float: return max(self.together.values()) + self.cpu*self.host # GB a GPU must have; on a CPU what is offloaded lies in the same memory
+    def total(self)->float: return max(self.together.values()) # GB a GPU must have
 
-    def need(self)->str: return f'A {self.place} needs {self.total:.1f} GB' + ', what is offloaded included.'*bool(self.cpu and self.host) + '.'*(not (self.cpu and self.host)) # A sentence
+    def need(self)->str: return f'A {self.place} needs {self.total:.1f} GB.' # A sentence
 
     def cells(self)->list[tuple]: # The first row is the head
         number = lambda v: f'{v:.2f}' if v < 10 else f'{v:.1f}'
@@ -242,7 +242,9 @@ def estimate(
     ranks, (config, folder) = (gpus or cfg.gpus or 1)*cfg.nnodes, look_up(cfg.model_name_or_path, cfg.revision)
     if config is None: folder = resolve(cfg.model_name_or_path, cfg.revision)[0]; config = read_config(folder)
     work = work or (heaviest(cfg, folder) if folder else _unmeasured(cfg, config))
-    return Estimate(_rows(config, cfg, ranks, work), ranks, work, _notes(cfg, ranks, _host(config, cfg, ranks)), _host(config, cfg, ranks), cfg.use_cpu, ranks//cfg.nnodes)
+    host = _host(config, cfg, ranks)
+    away = [dict(part='what is offloaded', loading=0.0, training=host, step=host)] if cfg.use_cpu and host else [] # to the same memory
+    return Estimate(_rows(config, cfg, ranks, work) + away, ranks, work, _notes(cfg, ranks, host), host, cfg.use_cpu, ranks//cfg.nnodes)
 
 # %% ../nbs/15_estimating.ipynb #5f5e4bb7
 MOMENTS = (('adafactor', 0), ('sgd', 0), ('rmsprop', 4), ('adagrad', 4), ('lion', 4), ('8bit', 2)) # Bytes of state by what an optimiser's name holds; others are Adams

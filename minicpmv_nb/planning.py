@@ -201,7 +201,7 @@ def _on_cpu(e:Estimate, machine:Machine)->tuple[str,str]: # Where no GPU is used
 # %% ../nbs/21_planning.ipynb #00d08fa9
 OF_THE_BATCH = ('per_device_train_batch_size', 'model_max_length', 'max_slice_nums', 'extra_image_tags')
 # Fields on which the estimate depends
-OF_THE_MEMORY = (*OF_THE_MODEL, *OF_THE_BATCH, 'model_name_or_path', 'revision', 'data_path', 'gradient_accumulation_steps', 'optim', 'offload', 'gpus', 'nnodes')
+OF_THE_MEMORY = (*OF_THE_MODEL, *OF_THE_BATCH, 'model_name_or_path', 'revision', 'data_path', 'gradient_accumulation_steps', 'optim', 'offload', 'gpus', 'use_cpu', 'nnodes')
 
 class MemoryPanel(Panel):
     "What a run needs on each GPU, as bars and as a table."

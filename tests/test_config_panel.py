@@ -195,6 +195,14 @@ def test_a_file_that_only_looks_like_one(panel, tmp_path):
     panel.set(data_path=str(tmp_path/'deep.json')); panel.later.join()
     assert 'data_path' in panel.wrong and 'estimating' not in panel.memory.said
 
+def test_the_estimate_follows_from_the_cpu_to_the_gpu(panel):
+    panel.later.join()
+    panel.memory.machine = replace(panel.memory.machine, gpus=(('card', 80.0),))
+    panel.set(use_cpu=False); panel.later.join()
+    assert panel.memory.said.startswith('✓ It fits. Each GPU needs')
+    panel.set(use_cpu=True); panel.later.join()
+    assert 'on the CPU needs' in panel.memory.said
+
 def test_without_a_gpu_the_form_reckons_with_the_cpu(panel):
     panel.set(use_cpu=False, gpus=None); panel.later.join()
     assert 'CPU process' in panel.steps and panel.memory.said.startswith('✓ It fits. 1 process on the CPU needs')

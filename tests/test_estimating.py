@@ -98,7 +98,8 @@ def test_a_result_gets_more_rows(tmp_path, monkeypatch):
     rows = facts.pop('rows')
     assert gpu_modes.others(facts, ['lora'], tmp_path) == []
     gpu_modes.write(rows, facts, tmp_path)
-    assert [r['mode'] for r in gpu_modes.others(facts | dict(steps=9), ['lora'], tmp_path)] == [r['mode'] for r in rows if r['mode'] != 'lora']
+    assert [r['mode'] for r in gpu_modes.others(facts, ['lora'], tmp_path)] == [r['mode'] for r in rows if r['mode'] != 'lora']
+    with pytest.raises(SystemExit, match='differs in steps'): gpu_modes.others(facts | dict(steps=9), [], tmp_path)
     with pytest.raises(SystemExit, match='differs in torch'): gpu_modes.others(facts | dict(versions=facts['versions'] | dict(torch='9')), [], tmp_path)
 
 @pytest.mark.slow
