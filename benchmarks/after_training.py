@@ -63,6 +63,15 @@ def table(rows:list[dict])->str:
     lines = [('', *keys.values()), ('---',)*(len(keys)+1)] + [(r['step'].replace('_', ', '), *(number(r.get(k)) for k in keys)) if 'failed' not in r else (r['step'], r['failed'], *['']*(len(keys)-1)) for r in rows]
     return '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines)
 
+def write(rows:list[dict], base:Path, folder:Path)->None:
+    "A JSON file and a markdown table, named after the device."
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'
+    size = sum(f.stat().st_size for f in base.glob('*.safetensors'))/1e9
+    folder.mkdir(parents=True, exist_ok=True)
+    name = folder/f'after-training-{device.replace(" ", "-")}'
+    name.with_suffix('.json').write_text(json.dumps(dict(device=device, checkpoint_gb=size, versions=versions(), rows=rows), indent=1) + '\n')
+    name.with_suffix('.md').write_text(f'# {device}: after training, a checkpoint of {size:.2f} GB\n\n{table(rows)}\n\n' + ', '.join(f'{k} {v}' for k, v in versions().items()) + '\n')
+
 def main()->None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('base', type=Path, help='a bf16 checkpoint, for example benchmark_work/base of gpu_modes.py')
@@ -75,12 +84,7 @@ def main()->None:
     for step in STEPS:
         rows.append(run(step, args.base, args.adapter, args.work))
         print(json.dumps(rows[-1]), flush=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'
-    size = sum(f.stat().st_size for f in args.base.glob('*.safetensors'))/1e9
-    args.out.mkdir(parents=True, exist_ok=True)
-    name = args.out/f'after-training-{device.replace(" ", "-")}'
-    name.with_suffix('.json').write_text(json.dumps(dict(device=device, checkpoint_gb=size, versions=versions(), rows=rows), indent=1) + '\n')
-    name.with_suffix('.md').write_text(f'# {device}: after training, a checkpoint of {size:.2f} GB\n\n{table(rows)}\n\n' + ', '.join(f'{k} {v}' for k, v in versions().items()) + '\n')
+        write(rows, args.base, args.out)
     sys.exit(any('failed' in r for r in rows))
 
 

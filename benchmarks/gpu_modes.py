@@ -4,7 +4,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
+import psutil, torch
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import TrainerCallback
@@ -86,8 +86,13 @@ def held()->int:
     tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.layout == torch.strided and not t.is_meta}.values())
 
+def machine_memory()->dict:
+    "Bytes of the machine's memory: what is page-locked for the GPU, and what else the process has to itself."
+    own = psutil.Process().memory_info()
+    return dict(locked=torch.cuda.host_memory_stats()['allocated_bytes.current'], pageable=own.rss - own.shared)
+
 class Watch(TrainerCallback):
-    "On a GPU the allocator's peaks; on a CPU the bytes of all tensors behind a step, and the size of the process."
+    "On a GPU the allocator's peaks, and the machine's memory behind a step; on a CPU the bytes of all tensors behind a step, and the size of the process."
     def __init__(self): self.found, self.start = dict(loading=self.peak(), steps=[]), None
 
     def peak(self)->int: return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else held()
@@ -97,10 +102,9 @@ class Watch(TrainerCallback):
         self.start = time.time()
 
     def on_step_end(self, args, state, control, **kw):
-        import psutil
         if torch.cuda.is_available(): torch.cuda.synchronize()
         seconds, reserved = time.time() - self.start, torch.cuda.max_memory_reserved() if torch.cuda.is_available() else psutil.Process().memory_info().rss
-        self.found['steps'].append(dict(seconds=seconds, peak=self.peak(), reserved=reserved))
+        self.found['steps'].append(dict(seconds=seconds, peak=self.peak(), reserved=reserved) | (machine_memory() if torch.cuda.is_available() else {}))
 
     def on_train_end(self, args, state, control, **kw): (Path(args.output_dir)/f'watched-{args.process_index}.json').write_text(json.dumps(self.found))
 
@@ -124,13 +128,12 @@ def configure(mode:str, base:Path, data:Path, out:Path, args)->config.Config:
 
 def too_much(
     e:Estimate, # Of the mode
-    ram:float|None, # GB of the machine's memory; None: what is free now
+    gpu_gb:float|None, # A GPU's memory; None: there is no GPU
+    ram_gb:float, # The machine's memory
 )->str|None:
     "Why a mode is not tried here."
-    import psutil
-    there = torch.cuda.get_device_properties(0).total_memory/1e9 if torch.cuda.is_available() else float('inf')
-    if e.total + 1 > there: return f'needs {e.total:.0f} GB on a GPU that has {there:.0f}'
-    if e.host*e.gpus > (ram or psutil.virtual_memory().available/1e9): return f'needs {e.host*e.gpus:.0f} GB of the machine\'s memory'
+    if gpu_gb and e.total + 1 > gpu_gb: return f'not run: needs {e.total+1:.0f} GB with CUDA\'s own on a GPU that has {gpu_gb:.0f}'
+    if e.host*e.gpus > ram_gb: return f'not run: needs {e.host*e.gpus:.0f} GB of the machine\'s memory, of which {ram_gb:.0f} can be had'
 
 def expected(e:Estimate, stage:int, gpu:bool)->dict:
     "GB: the peak of loading and of training; on a CPU what is there behind a step, with what is offloaded. The buckets of DDP are held by C++, which `held` cannot see."
@@ -143,7 +146,7 @@ def measure(mode:str, base:Path, data:Path, out:Path, args)->dict:
     cfg = configure(mode, base, data, out, args)
     e = estimate(cfg)
     row = dict(mode=mode, gpus=args.gpus, estimate=e.together, host=e.host)
-    if why := too_much(e, args.ram): return row | dict(failed=f'not run: {why}')
+    if why := too_much(e, args.gpu_gb, args.ram_gb): return row | dict(failed=why)
     run = launch(cfg, start=False)
     script = run.file('run.sh')
     script.write_text(script.read_text().replace('-m minicpmv_nb.training', shlex.quote(str(HERE/'gpu_modes.py'))))
@@ -151,15 +154,16 @@ def measure(mode:str, base:Path, data:Path, out:Path, args)->dict:
     with open(run.file('log.txt'), 'w') as log: code = subprocess.run(['bash', str(script)], stdout=log, stderr=subprocess.STDOUT).returncode
     row |= dict(seconds=time.time() - start)
     if not cfg.use_lora: shutil.rmtree(run.final, ignore_errors=True) # as large as the model
-    if code: return row | dict(failed=run.status().get('error') or run.log(3), log=run.log(60))
+    if code: return row | dict(failed=run.cause().splitlines()[0], log=run.log(60))
     row |= summary([json.loads(f.read_text()) for f in sorted(run.folder.glob('watched-*.json'))])
     return row | beside(row, expected(e, zero_stage(cfg), args.gpu)) | dict(losses=[m['loss'] for m in read_metrics(run.folder) if 'loss' in m])
 
 def summary(watched:list[dict])->dict:
-    "The worst rank's memory; the median time of a step, without the first."
+    "The worst rank's memory; the median time of a step, without the first; on a GPU what each rank has of the machine's memory, page-locked and else."
     have = dict(loading=max(w['loading'] for w in watched)/1e9, training=max(s['peak'] for w in watched for s in w['steps'])/1e9)
     steps = [s['seconds'] for s in watched[0]['steps'][1:]]
-    return dict(seconds_per_step=statistics.median(steps), measured=have, reserved=max(s['reserved'] for w in watched for s in w['steps'])/1e9)
+    machine = {k: max(s[k] for w in watched for s in w['steps'])/1e9 for k in ('locked', 'pageable') if k in watched[0]['steps'][0]}
+    return (dict(machine=machine) if machine else {}) | dict(seconds_per_step=statistics.median(steps), measured=have, reserved=max(s['reserved'] for w in watched for s in w['steps'])/1e9)
 
 def beside(row:dict, want:dict)->dict:
     "What was expected, and how far it is from what was measured."
@@ -167,13 +171,14 @@ def beside(row:dict, want:dict)->dict:
 
 def estimates(found:dict, work:Path)->list[dict]:
     "The rows of a result, with what `estimate` says of them today. No GPU is needed."
-    args = argparse.Namespace(**{k: found[k] for k in ('gpu', 'gpus', 'scale', 'steps')})
+    args = argparse.Namespace(**{k: found[k] for k in ('gpu', 'gpus', 'scale', 'steps', 'gpu_gb', 'ram_gb')})
     base, data = make_checkpoint(work/'base', found['family'], found['scale'], found['layers'], weights=False), make_data(work/'data', *DATA[found['scale']])
     rows = []
     for row in found['rows']:
         cfg = configure(row['mode'], base, data, work, args)
         e = estimate(cfg)
-        rows.append(row | dict(estimate=e.together, host=e.host) | (beside(row, expected(e, zero_stage(cfg), args.gpu)) if 'measured' in row else {}))
+        again = beside(row, expected(e, zero_stage(cfg), args.gpu)) if 'measured' in row else {} if 'log' in row else dict(failed=too_much(e, args.gpu_gb, args.ram_gb) or 'not run: today it would be tried')
+        rows.append(row | dict(estimate=e.together, host=e.host) | again)
     return rows
 
 
@@ -183,16 +188,18 @@ def table(rows:list[dict], gpu:bool)->str:
     "Markdown."
     what = ('GB at most', 'estimated') if gpu else ('MB of tensors behind a step', 'estimated')
     number = (lambda v: f'{v:.2f}') if gpu else (lambda v: f'{1000*v:.1f}')
-    lines = [('mode', 'processes', 'seconds a step', *what, 'difference', 'reserved GB' if gpu else 'process, GB'), ('---',)*7]
+    away = ('offloaded GB, page-locked and else', 'estimated') if gpu else ()
+    lines = [('mode', 'processes', 'seconds a step', *what, 'difference', 'reserved GB' if gpu else 'process, GB', *away), ('---',)*(7+len(away))]
     for r in rows:
-        if 'failed' in r: lines.append((r['mode'], str(r['gpus']), ' '.join(r['failed'].split())[:160].replace('|', ' '), '', '', '', '')); continue
-        lines.append((r['mode'], str(r['gpus']), f'{r["seconds_per_step"]:.2f}', number(r['measured']['training']), number(r['expected']['training']), f'{r["difference"]:+.1%}', f'{r["reserved"]:.2f}'))
+        if 'failed' in r: lines.append((r['mode'], str(r['gpus']), ' '.join(r['failed'].split())[:160].replace('|', ' '), *['']*(4+len(away)))); continue
+        offloaded = (f'{r["machine"]["locked"]:.1f} + {r["machine"]["pageable"]:.1f}' if 'machine' in r else '', number(r['host'])) if r['host'] else ('', '')
+        lines.append((r['mode'], str(r['gpus']), f'{r["seconds_per_step"]:.2f}', number(r['measured']['training']), number(r['expected']['training']), f'{r["difference"]:+.1%}', f'{r["reserved"]:.2f}', *offloaded[:len(away)]))
     return '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines)
 
 def described(args)->dict:
     "Where and how it was measured."
     return dict(device=torch.cuda.get_device_name() if args.gpu else 'CPU', gpu=args.gpu, gpus=args.gpus, family=args.family, scale=args.scale, layers=args.layers, steps=args.steps,
-        versions=versions())
+        gpu_gb=args.gpu_gb, ram_gb=args.ram_gb, versions=versions())
 
 def versions()->dict[str,str]:
     "What it ran with."
@@ -254,6 +261,8 @@ def measure_all(args, work:Path)->Path:
 def main()->None:
     args = arguments()
     args.gpu, work = torch.cuda.is_available(), args.work.absolute()
+    args.gpu_gb = torch.cuda.get_device_properties(0).total_memory/1e9 if args.gpu else None
+    args.ram_gb = args.ram or psutil.virtual_memory().available/1e9
     if args.again: args.result, args.out = json.loads(args.again.read_text()), args.again.absolute().parent
     shutil.rmtree(work, ignore_errors=True); work.mkdir(parents=True)
     file = (renew if args.again else measure_all)(args, work)

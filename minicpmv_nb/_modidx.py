@@ -669,6 +669,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                         'minicpmv_nb.estimating._paper_step': ('estimating.html#_paper_step', 'minicpmv_nb/estimating.py'),
                                         'minicpmv_nb.estimating._rows': ('estimating.html#_rows', 'minicpmv_nb/estimating.py'),
                                         'minicpmv_nb.estimating._step': ('estimating.html#_step', 'minicpmv_nb/estimating.py'),
+                                        'minicpmv_nb.estimating._sub_groups': ('estimating.html#_sub_groups', 'minicpmv_nb/estimating.py'),
                                         'minicpmv_nb.estimating._unmeasured': ('estimating.html#_unmeasured', 'minicpmv_nb/estimating.py'),
                                         'minicpmv_nb.estimating.estimate': ('estimating.html#estimate', 'minicpmv_nb/estimating.py'),
                                         'minicpmv_nb.estimating.fake_model': ('estimating.html#fake_model', 'minicpmv_nb/estimating.py'),

@@ -1,8 +1,10 @@
-"Training that counts the bytes of all tensors of its process: behind the second backward pass, and behind the step. They end up in held-RANK.json of the run folder."
+"Training that counts the bytes of all tensors of its process: behind the second backward pass, before ZeRO steps its largest group, and behind the step. They end up in held-RANK.json of the run folder."
 import gc, json, os
 from pathlib import Path
 
 import deepspeed, torch
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from transformers import TrainerCallback
 
 from minicpmv_nb import training
@@ -22,6 +24,7 @@ class Count(TrainerCallback):
     def on_step_end(self, args, state, control, **kw): held.setdefault('step', []).append(count())
     def on_train_end(self, args, state, control, **kw):
         if 'engine' in held: held['training'] = held.pop('engine')
+        if 'group' in held: held['stepping'] = [max(v for n, v in held['group'] if n == i) for i in range(state.global_step)]; del held['group']
         (Path(args.output_dir)/f'held-{os.environ["RANK"]}.json').write_text(json.dumps({k: v[1] for k, v in held.items()}))
 
 step = deepspeed.DeepSpeedEngine.step
@@ -29,5 +32,11 @@ def counted_step(self, *args, **kwargs):
     held.setdefault('engine', []).append(count())
     return step(self, *args, **kwargs)
 deepspeed.DeepSpeedEngine.step = counted_step
+
+for optimizer in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):
+    def counted_group(self, group, plain=optimizer._optimizer_step): # one group of the optimiser after the other
+        held.setdefault('group', []).append((len(held.get('step', [])), count()))
+        return plain(self, group)
+    optimizer._optimizer_step = counted_group
 
 def main(argv:list[str])->None: training.main(argv, callbacks=(Count,))

@@ -53,6 +53,8 @@ def test_bytes_of_a_real_run(method, stage, offload, larger, tmp_path):
         print(method, stage, offload, rank, {k: round(v/1e6, 2) for k, v in dict(held, after=after, before=before, gathered=gathered).items()})
         assert held['step'] == pytest.approx(after, rel=.025, abs=4e5), 'behind the step'
         assert .96*before - 4e5 < held['training'] < 1.04*(before + gathered) + 4e5, 'behind the backward pass'
+        if stage and offload == 'none': # a gradient copy in float32; Adam's intermediate values, as large again, come and go within the step
+            assert held['stepping'] - held['training'] == pytest.approx(parts(e, 'step', {'copies while stepping'})/2, rel=.05, abs=4e5), 'before the largest group is stepped'
 
 def test_remedies_of_real_size(tmp_path):
     "What helps, helps; GB for the published sizes, in the order that everybody expects."
@@ -85,10 +87,11 @@ def test_the_allocator_of_a_gpu(file, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(TESTS.parent/'benchmarks'))
     import gpu_modes
     rows = gpu_modes.estimates(json.loads(file.read_text()), tmp_path)
-    assert all(r['measured'] for r in rows) and len(rows) >= 2
-    for r in rows:
+    measured = [r for r in rows if 'measured' in r]
+    assert len(measured) >= 2
+    for r in measured:
         for moment, gb in r['measured'].items(): assert r['expected'][moment] == pytest.approx(gb, rel=.1), (r['mode'], moment)
-    peak = {r['mode']: r['measured']['training'] for r in rows}
+    peak = {r['mode']: r['measured']['training'] for r in measured}
     assert all(gb < .6*peak[mode.removeprefix('q')] for mode, gb in peak.items() if mode.startswith('qlora'))
 
 def test_a_result_gets_more_rows(tmp_path, monkeypatch):
