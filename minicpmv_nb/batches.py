@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .prompts import Processor, encode, find_long, split_thought, thought_faults
+from .prompts import Encoded, Processor, encode, find_long, split_thought, thought_faults
 from .samples import DataError, Problem, Report, Sample, check
 from .slicing import SlicePlan, cut, to_strip
 
@@ -26,19 +26,25 @@ def load_data(
     extra_image_tags:str='report', # `literal`: a tag inside a text that is no picture of the entry is text
     decode:bool=False, # Read every pixel too, to find truncated pictures
     watch=None, # As of `samples.counted`
+    known:Report|None=None, # What an earlier call found in this very file for this checkpoint: no text is tokenised and no pixel read again
 )->tuple[list[Sample],Report]: # Good samples, and the report
     "Check a file against the guide's rules and the checkpoint's length. Raises `DataError` with one row per problem, or when nothing is left."
-    samples, report = check(path, extra_image_tags, decode, watch)
-    lengths, long = find_long(samples, processor, max_length, str(path), watch)
-    long += _thoughts(samples, str(path)) if processor.family.template.think else []
-    report.problems = sorted(report.problems + long, key=lambda p: p.entry)
-    bad = {p.entry for p in long}
+    samples, report = check(path, extra_image_tags, decode and not known, watch)
+    more, report.tokens, report.thoughts = (known.problems, known.tokens, known.thoughts) if known else _measure(samples, processor, max_length, str(path), watch)
+    report.problems = sorted({p: None for p in report.problems + more}, key=lambda p: p.entry) # each once
+    bad = {p.entry for p in more}
     samples = [s for s in samples if s.entry not in bad]
     report.kept = len(samples)
-    if processor.family.template.think: report.thoughts = sum(bool(split_thought(text)[0]) for s in samples for _, text in _answers(s)[:-1])
-    if lengths: report.tokens = dict(longest=max(lengths), mean=round(sum(lengths)/len(lengths), 1), model_max_length=max_length)
     if report.problems and bad_samples == 'error' or not samples: raise DataError(report)
     return samples, report
+
+def _measure(samples:list[Sample], processor:Processor, max_length:int, file:str, watch)->tuple[list[Problem],dict,int]: # Problems, lengths in tokens, answers whose thinking is left out
+    lengths, problems = find_long(samples, processor, max_length, file, watch)
+    tokens = dict(longest=max(lengths), mean=round(sum(lengths)/len(lengths), 1), model_max_length=max_length) if lengths else {}
+    if not processor.family.template.think: return problems, tokens, 0
+    problems += _thoughts(samples, file)
+    bad = {p.entry for p in problems}
+    return problems, tokens, sum(bool(split_thought(text)[0]) for s in samples if s.entry not in bad for _, text in _answers(s)[:-1])
 
 def _answers(sample:Sample): return [(i, t.parts[0]) for i, t in enumerate(sample.turns) if t.role == 'assistant'] # (turn, text)
 
@@ -73,17 +79,19 @@ def open_all(sample:Sample)->list: # The pictures of a sample, decoded
     return opened
 
 class SampleDataset(Dataset):
-    "Samples as tensors; pictures are read when asked for."
+    "Samples as tensors; text is tokenised and pictures are read when asked for."
     def __init__(self,
         samples:list[Sample], # Checked samples
         processor:Processor, # Tokenizer and sizes
     ):
-        self.samples, self.processor, self.encoded = samples, processor, [encode(s.turns, processor) for s in samples]
+        self.samples, self.processor = samples, processor
 
     def __len__(self): return len(self.samples)
 
+    def encoded(self, i:int)->Encoded: return encode(self.samples[i].turns, self.processor) # Without its pictures
+
     def __getitem__(self, i:int)->dict:
-        sample, encoded = self.samples[i], self.encoded[i]
+        sample, encoded = self.samples[i], self.encoded(i)
         return dict(id=sample.id, encoded=encoded, **picture_tensors(open_all(sample), encoded.plans, self.processor.sizes.patch))
 
 # %% ../nbs/07_batches.ipynb #ce12d326

@@ -25,7 +25,7 @@ from transformers import masking_utils
 from .config import Config, deepspeed_json, offloaded, zero_stage
 from .families import look_up, read_config, resolve
 from .model import MiniCPMV, head_losses, place
-from .prompts import Processor, encode, picture_sizes
+from .prompts import Encoded, Processor, encode, picture_sizes
 from .quantizing import quantized_layers
 from .samples import check
 from .training import fit_precision
@@ -49,12 +49,15 @@ def heaviest(
     rows = cfg.per_device_train_batch_size
     if not (cfg.data_path and Path(cfg.data_path).is_file()): return _limits(cfg, read_config(folder), rows)
     processor = Processor.from_folder(folder, cfg.max_slice_nums)
-    found = [encode(s.turns, processor) for s in check(cfg.data_path, cfg.extra_image_tags)[0]]
-    fitting = [e for e in found if len(e.input_ids) <= cfg.model_max_length]
+    found = [_weight(encode(s.turns, processor)) for s in check(cfg.data_path, cfg.extra_image_tags)[0]]
+    fitting = [w for w in found if w[0] <= cfg.model_max_length]
     if not fitting: raise ValueError(f'{cfg.data_path} has no sample of at most {cfg.model_max_length} tokens: raise model_max_length, or see what check() says.')
-    pieces = sorted(([size for p in e.plans for size in p.patch_sizes] for e in fitting), key=lambda sizes: sum(h*w for h, w in sizes))
-    taught = sorted(sum(label != -100 for label in e.labels) for e in fitting)
-    return Work(max(len(e.input_ids) for e in fitting), sum(taught[-rows:]), tuple(map(tuple, pieces[-rows:])), f'the heaviest of the {len(fitting)} samples in {Path(cfg.data_path).name}')
+    lengths, taught, pieces = zip(*fitting)
+    pieces = sorted(pieces, key=lambda sizes: sum(h*w for h, w in sizes))
+    return Work(max(lengths), sum(sorted(taught)[-rows:]), tuple(pieces[-rows:]), f'the heaviest of the {len(fitting)} samples in {Path(cfg.data_path).name}')
+
+def _weight(e:Encoded)->tuple[int,int,tuple]: # Tokens, taught tokens, pieces of its pictures
+    return len(e.input_ids), sum(label != -100 for label in e.labels), tuple(size for p in e.plans for size in p.patch_sizes)
 
 def _limits(cfg:Config, config:dict, rows:int)->Work: # Every limit reached
     s = picture_sizes(config, cfg.max_slice_nums)

@@ -9,7 +9,7 @@ __all__ = ['PATIENCE', 'END', 'LIVE', 'fit_machine', 'check_port', 'fit_network'
 
 # %% ../nbs/12_jobs.ipynb #94c15c44
 import hashlib, json, os, re, shlex, signal, socket, subprocess, sys, time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .batches import load_data
@@ -18,7 +18,7 @@ from .families import check_llm_type, find_family, read_config, resolve
 from .plots import plot_run
 from .prompts import Processor
 from .quantizing import refuse_four_bit
-from .training import facts, fit_precision, newest_checkpoint, refuse_foreign
+from .training import facts, fit_precision, measured_by, newest_checkpoint, refuse_foreign
 
 # %% ../nbs/12_jobs.ipynb #36ae16b8
 def fit_machine(
@@ -359,7 +359,7 @@ def _check_data(cfg:Config, folder:Path)->dict: # Reports of the data files
     for path in (cfg.data_path, cfg.eval_data_path if cfg.do_eval else None):
         if not path: continue
         _, report = load_data(path, processor, cfg.model_max_length, cfg.bad_samples, cfg.extra_image_tags, cfg.check_pixels)
-        reports[path] = vars(report) | dict(problems=report.rows())
+        reports[path] = asdict(report) | dict(measured_by=measured_by(cfg, path))
         if report.problems or report.notes: print(report)
     return reports
 

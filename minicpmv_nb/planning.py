@@ -188,9 +188,14 @@ def verdict(
     need = f'Each GPU needs {_gb(e.total)} GB, and about {ROOM:.0f} GB for CUDA'
     if not machine.gpus: return f'{need}. This machine has no GPU to compare with.', 'note'
     name, gb = min(machine.gpus, key=lambda g: g[1])
-    if e.total + ROOM <= gb: return f'✓ It fits. {need}; {name} has {gb:.0f} GB.', 'done'
+    if e.total + ROOM <= gb: return _beside(e, machine.ram, f'{need}; {name} has {gb:.0f} GB')
     return (f'✗ It does not fit. {need}; {name} has {gb:.0f} GB. Less is needed with per_device_train_batch_size=1 and more gradient_accumulation_steps, with a lower max_slice_nums or model_max_length, '
         'with QLoRA, with tune_vision=False, with deepspeed on several GPUs, or with offload.'), 'wrong'
+
+def _beside(e:Estimate, ram:float, need:str)->tuple[str,str]: # The GPUs suffice; does the memory for what is offloaded?
+    away = f'; what is offloaded needs {_gb(e.host*e.here)} GB of the machine\'s memory' + (f', which is {ram:.0f} GB' if ram else '')
+    if ram and e.host and (e.host + ROOM)*e.here > ram: return f'✗ It does not fit. {need}{away}. Train less, share the work among more machines, or leave offload out.', 'wrong'
+    return f'✓ It fits. {need}{away if e.host else ""}.', 'done'
 
 def _on_cpu(e:Estimate, machine:Machine)->tuple[str,str]: # Where no GPU is used
     n, several = e.here, e.here > 1

@@ -10,7 +10,7 @@ __all__ = ['WORDS', 'BOX', 'BOXES', 'PictureSizes', 'picture_sizes', 'Span', 'pi
 # %% ../nbs/04_prompts.ipynb #40ddde9b
 import json, re
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from html import escape
 from itertools import count
 from pathlib import Path
@@ -69,7 +69,8 @@ def picture_spans(
     "Write a picture as special tokens."
     m = family.markup
     special = lambda *names: [Span(n, special=True) for n in names if n]
-    piece = lambda a, b: special(a, *[m.pad]*query_num, b)
+    places = special(m.pad)*query_num
+    piece = lambda a, b: [*special(a), *places, *special(b)]
     spans = special(m.id_open) + [Span(str(number))]*bool(m.id_open) + special(m.id_close) + piece(m.open, m.close)
     if shape.grid is None: return spans
     cols, rows = shape.grid
@@ -157,8 +158,14 @@ def ids_behind(
     tokenizer, # A fast tokenizer
 )->list[int]: # The ids of `text` only
     "Tokenise text as the continuation of something, without changing that; by itself where the two would merge."
-    before, whole = (tokenizer(t, add_special_tokens=False)['input_ids'] for t in (head, head + text))
-    return whole[len(before):] if whole[:len(before)] == before else tokenizer(text, add_special_tokens=False)['input_ids']
+    before, whole = (_ids(t, tokenizer) for t in (head, head + text))
+    return whole[len(before):] if whole[:len(before)] == before else _ids(text, tokenizer)
+
+def _ids(text:str, tokenizer)->list[int]: # Short texts are remembered: of some twenty pieces of a sample all but the texts of its turns are those of every sample
+    return list(_short_ids(text, tokenizer)) if len(text) <= 64 else tokenizer(text, add_special_tokens=False)['input_ids']
+
+@lru_cache(maxsize=2048)
+def _short_ids(text:str, tokenizer)->tuple: return tuple(tokenizer(text, add_special_tokens=False)['input_ids'])
 
 def text_ids(
     text:str, # Text of a user, or of a template between its special tokens
@@ -251,8 +258,9 @@ def image_bounds(
 )->list[tuple[int,int]]: # `[start, end)` of the vectors of each piece
     "Where the vectors go: between each opening and closing marker."
     m, special = processor.family.markup, processor.special_ids
-    starts = [i+1 for i, t in enumerate(ids) if t in (special[m.open], special[m.slice_open])]
-    ends = [i for i, t in enumerate(ids) if t in (special[m.close], special[m.slice_close])]
+    opening, closing = {special[m.open], special[m.slice_open]}, {special[m.close], special[m.slice_close]}
+    starts = [i+1 for i, t in enumerate(ids) if t in opening]
+    ends = [i for i, t in enumerate(ids) if t in closing]
     return list(zip(starts, ends, strict=True))
 
 # %% ../nbs/04_prompts.ipynb #18d8af2d

@@ -64,6 +64,11 @@ class Report:
     problems: list = field(default_factory=list) # `Problem`s, in the order of the file
     tokens: dict = field(default_factory=dict) # Length statistics, once known
 
+    @classmethod
+    def read(cls, stored:dict)->'Report': # From what `asdict` gives, or a JSON file of it
+        "A report that was kept."
+        return cls(**stored | dict(problems=[Problem(**p) for p in stored['problems']]))
+
     def rows(self)->list[dict]: # One dictionary per problem
         "The problems as plain data."
         return [asdict(p) for p in self.problems]

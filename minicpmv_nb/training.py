@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STATE_FILES', 'fit_precision', 'weight_dtype', 'training_arguments', 'checkpoints', 'newest_checkpoint', 'rotate',
            'writing', 'RunLog', 'FineTuner', 'save_final', 'Stop', 'Pulse', 'pulses', 'gather_by_layer', 'facts',
-           'prepare_model', 'make_trainer', 'Patience', 'refuse_foreign', 'train', 'with_folder', 'record_failure',
-           'main']
+           'measured_by', 'known_report', 'prepare_model', 'make_trainer', 'Patience', 'refuse_foreign', 'train',
+           'with_folder', 'record_failure', 'main']
 
 # %% ../nbs/10_training.ipynb #b79f9f86
 import atexit, filecmp, json, math, os, shutil, signal, socket, sys, threading, time
@@ -28,6 +28,7 @@ from .config import NAMES, Config, deepspeed_json, deepspeed_notes, flag_help, p
 from .families import check_llm_type, find_family, read_config, resolve
 from .model import NOTES, check_shapes, fingerprint, read_tensor, say, tensor_shapes, weight_files, write_checkpoint
 from .prompts import Processor
+from .samples import Report
 from .quantizing import check_types, is_quantized, keep_layout, load_any, packed_tower, refuse_four_bit
 from .tuning import GradientWatch, parameter_groups, part_table, tune
 
@@ -502,6 +503,22 @@ def facts(
     files = {name: data_hash(path) for name in ('data_path', 'eval_data_path') if (path := getattr(cfg, name))}
     return dict(versions=packages | dict(minicpmv_nb=__version__), data_sha256=files, model_commit=commit)
 
+def measured_by(
+    cfg:Config, # The run's configuration
+    path:str, # A data file
+)->dict: # What the lengths of its samples follow from
+    "Tells whether a report on a data file is still true; the pictures are taken to have the sizes they had."
+    return dict(data_sha256=data_hash(path), **{k: getattr(cfg, k) for k in ('model_name_or_path', 'revision', 'max_slice_nums', 'model_max_length', 'extra_image_tags', 'check_pixels')})
+
+def known_report(
+    cfg:Config, # The run's configuration, with its folder
+    path:str, # A data file
+)->Report|None: # None: there is none, or of something else
+    "What `launch` found in a data file."
+    for file in sorted(Path(cfg.output_dir).glob('data_report*.json')): # each machine has its own
+        stored = json.loads(file.read_text(encoding='utf-8')).get(path, {})
+        if stored.pop('measured_by', None) == measured_by(cfg, path): return Report.read(stored)
+
 def prepare_model(
     cfg:Config, # After `fit_precision`
     folder:Path, # The checkpoint
@@ -545,7 +562,7 @@ class Patience(EarlyStoppingCallback):
     def on_train_begin(self, args, state, control, **kw): pass
 
 def _dataset(path, cfg:Config, processor)->SampleDataset:
-    samples, report = load_data(path, processor, cfg.model_max_length, cfg.bad_samples, cfg.extra_image_tags, cfg.check_pixels)
+    samples, report = load_data(path, processor, cfg.model_max_length, cfg.bad_samples, cfg.extra_image_tags, cfg.check_pixels, known=known_report(cfg, path))
     say(str(report))
     return SampleDataset(samples, processor)
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from forked import fork_ranks
+from minicpmv_nb.config import deepspeed_json
 from support import ANSWERS, QUESTION, TESTS, draw_data
 
 METHODS = ('lora', 'qlora', 'full')
@@ -69,6 +70,20 @@ def test_remedies_of_real_size(tmp_path):
     assert total(replace(base, q_lora=True)) < .7*plain
     whole = full(str(tmp_path), '', bf16=True, fp16=False)
     assert total(replace(whole, offload='all'), 8) < total(whole, 8) < total(replace(whole, deepspeed='ds_config_zero2.json'), 8)
+
+def test_locked_memory_is_rounded_up(tmp_path):
+    "torch takes a power of two for each page-locked block: float32 weights, gradients and the 16-bit copy of each group, and a way out for one gradient."
+    from minicpmv_nb import estimate
+    from minicpmv_nb.config import full
+    from minicpmv_nb.families import FAMILIES
+    (tmp_path/'config.json').write_text(json.dumps(FAMILIES['2.6'].official))
+    cfg = full(str(tmp_path), '', bf16=True, fp16=False, tune_vision=False, gradient_accumulation_steps=1, deepspeed='ds_config_zero2.json', offload='optimizer')
+    zero = deepspeed_json(cfg)
+    zero['zero_optimization']['offload_optimizer']['pin_memory'] = False
+    (tmp_path/'zero.json').write_text(json.dumps(zero))
+    locked, pageable = estimate(cfg, 1).host, estimate(replace(cfg, deepspeed=str(tmp_path/'zero.json'), offload='none'), 1).host
+    assert pageable == pytest.approx(18*7.68 + 2*.5436, rel=.002) # bytes times thousand millions
+    assert pageable < locked < 2*pageable
 
 @pytest.mark.parametrize('family', ['2.0', '2.5', '2.6', 'o-2.6', '4.0', '4.5'])
 def test_every_family_can_be_estimated(family, tmp_path):

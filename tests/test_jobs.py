@@ -8,7 +8,7 @@ import pytest
 
 from minicpmv_nb.config import lora
 from minicpmv_nb.jobs import Run, RunFailed, launch
-from minicpmv_nb.training import newest_checkpoint
+from minicpmv_nb.training import known_report, newest_checkpoint
 from support import draw_data, free_port
 
 
@@ -122,6 +122,14 @@ def test_the_folder_says_how_to_repeat_the_run(cfg):
     assert kept['versions']['torch'] and len(kept['data_sha256']['data_path']) == 64
     report = json.loads((run.folder/'data_report.json').read_text())
     assert list(report.values())[0]['problems'] == []
+
+def test_ranks_know_what_launch_found_in_the_data(cfg, data_copy):
+    run = launch(replace(cfg, data_path=str(data_copy)), start=False)
+    known = known_report(run.config, str(data_copy))
+    assert (known.entries, known.kept, known.problems) == (24, 24, []) and known.tokens['longest'] > 0
+    assert known_report(replace(run.config, model_max_length=1000), str(data_copy)) is None
+    data_copy.write_text(data_copy.read_text() + ' ')
+    assert known_report(run.config, str(data_copy)) is None
 
 def test_no_rank_outlives_torchrun(cfg):
     run = launch(replace(cfg, max_steps=500, save_steps=1000))

@@ -1,5 +1,6 @@
 "Every bad entry is named, with its reason and what to do; good entries pass unchanged and in order."
 import json, os, re, subprocess, sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 from support import QUESTION, entry, talk, write_data
 from minicpmv_nb.batches import SampleDataset, load_data
 from minicpmv_nb.prompts import Processor
-from minicpmv_nb.samples import DataError, Picture, check, open_picture, read_entries
+from minicpmv_nb.samples import DataError, Picture, Report, check, open_picture, read_entries
 
 
 def problems(folder, *entries, **options):
@@ -103,6 +104,31 @@ def test_truncated_picture_is_named_when_a_batch_opens_it(tmp_path, tiny):
     assert data[0]['id'] == 'good'
     with pytest.raises(ValueError) as e: data[1]
     assert str(e.value).startswith(f'sample torn (entry 1): {file} cannot be read (') and 'Replace the file' in str(e.value)
+
+def test_what_is_known_of_a_file_is_not_measured_again(tmp_path, tiny, monkeypatch):
+    from minicpmv_nb import batches
+    processor = Processor.from_folder(tiny)
+    file = write_data(tmp_path, [entry('good'), entry('long', conversations=talk(answer='red '*300)), entry('torn', image='none.png'), entry('other')])
+    truncated(tmp_path/'cut.png')
+    samples, report = load_data(file, processor, 200, 'skip')
+    kept = Report.read(json.loads(json.dumps(asdict(report))))
+    assert [p.entry for p in report.problems] == [1, 2] and kept == report
+    monkeypatch.setattr(batches, 'find_long', None) # would fail
+    assert load_data(file, processor, 200, 'skip', decode=True, known=kept) == (samples, report)
+    Image.new('RGB', (60, 40)).save(tmp_path/'none.png') # too late for this run
+    assert load_data(file, processor, 200, 'skip', known=kept) == (samples, report)
+    (tmp_path/'dot.png').unlink()
+    with pytest.raises(DataError, match='dot.png does not exist'): load_data(file, processor, 200, 'skip', known=kept)
+
+def test_a_dataset_tokenises_what_is_asked_for(tmp_path, tiny, monkeypatch):
+    from minicpmv_nb import batches
+    processor = Processor.from_folder(tiny)
+    samples, _ = load_data(write_data(tmp_path, [entry('0'), entry('1')]), processor)
+    asked, encode = [], batches.encode
+    monkeypatch.setattr(batches, 'encode', lambda turns, *rest: asked.append(turns) or encode(turns, *rest))
+    data = SampleDataset(samples, processor)
+    data[1]
+    assert asked == [samples[1].turns]
 
 def test_picture_that_vanished_is_named_when_a_batch_opens_it(tmp_path, tiny):
     processor = Processor.from_folder(tiny)
@@ -419,8 +445,8 @@ def test_literal_tags_are_text(tmp_path, tiny):
     samples, report = load_data(file, processor, extra_image_tags='literal')
     assert report.problems == [] and samples[0].turns[0].parts[1] == '<image> means what?'
     data = SampleDataset(samples, processor)
-    assert data.encoded[0].input_ids.count(processor.special_ids['<image>']) == 1 == len(data[0]['target_sizes'])
-    assert 'Write <image> there.' in processor.tokenizer.decode(data.encoded[0].input_ids)
+    assert data.encoded(0).input_ids.count(processor.special_ids['<image>']) == 1 == len(data[0]['target_sizes'])
+    assert 'Write <image> there.' in processor.tokenizer.decode(data.encoded(0).input_ids)
 
 
 # --- the file --------------------------------------------------------------------------------------------------------

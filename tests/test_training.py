@@ -142,7 +142,7 @@ def test_answers_of_the_evaluation_file_are_unequal(eval_file, tiny):
     # Otherwise a mean of means would pass for the mean over all tokens.
     processor = Processor.from_folder(tiny)
     data = SampleDataset(load_data(eval_file, processor)[0], processor)
-    taught = [sum(label != -100 for label in e.labels) for e in data.encoded]
+    taught = [sum(label != -100 for label in e.labels) for e in map(data.encoded, range(len(data)))]
     assert max(taught) > 2*min(taught)
 
 def test_evaluation_loss_does_not_depend_on_the_ranks(evaluating, direct_loss, tmp_path):
@@ -159,7 +159,7 @@ def test_evaluation_keeps_no_logits(evaluating):
     trainer.model.base_model.model.llm.lm_head.register_forward_hook(lambda m, i, out: widths.append(out.shape))
     out = trainer.evaluation_loop(trainer.get_eval_dataloader(), 'evaluation', prediction_loss_only=False)
     assert out.predictions is None and out.label_ids is None
-    labels = [e.labels for e in trainer.eval_dataset.encoded]
+    labels = [e.labels for e in map(trainer.eval_dataset.encoded, range(len(trainer.eval_dataset)))]
     assert [w[0] for w in widths] == [sum(x != -100 for x in row) for row in labels]  # not even computed where nothing is taught
 
 def test_evaluation_is_logged(evaluating, tmp_path):
