@@ -1,5 +1,5 @@
 "The command line: what each command prints, where, and with which exit code. Mostly through real processes."
-import json, os, pty, re, shutil, signal, subprocess, sys, time
+import json, os, pty, re, signal, subprocess, sys, time
 from argparse import Namespace
 from pathlib import Path
 

@@ -8,7 +8,8 @@ import pytest
 
 from minicpmv_nb.config import lora
 from minicpmv_nb.jobs import Run, RunFailed, launch
-from minicpmv_nb.training import known_report, newest_checkpoint
+from minicpmv_nb.surviving import newest_checkpoint
+from minicpmv_nb.training import known_report
 from support import draw_data, free_port
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from minicpmv_nb.config import from_script, lora
 from minicpmv_nb.jobs import Run, RunFailed, fit_network, launch
-from minicpmv_nb.training import newest_checkpoint
+from minicpmv_nb.surviving import newest_checkpoint
 from support import free_port
 
 

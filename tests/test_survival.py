@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from support import draw_data, flags, free_port
 from minicpmv_nb import training
 from minicpmv_nb.config import Config, read_status
-from minicpmv_nb.training import Pulse, checkpoints, newest_checkpoint, read_metrics, rotate, train, writing
+from minicpmv_nb.surviving import Pulse, checkpoints, newest_checkpoint, rotate, writing
+from minicpmv_nb.training import read_metrics, train
 
 STEPS = 24
 SMALL = dict(use_lora='true', lora_r=8, lora_dropout=.05, use_cpu='true', dataloader_num_workers=0, learning_rate=1e-3, max_steps=STEPS, save_steps=5, warmup_steps=2)

@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 from support import GOLDENS, TESTS, draw_data, flags, run_ranks
 from minicpmv_nb import training
 from minicpmv_nb.batches import SampleDataset, collate, load_data
-from minicpmv_nb.config import Config
+from minicpmv_nb.config import Config, load_config
 from minicpmv_nb.model import load
 from minicpmv_nb.prompts import Processor
-from minicpmv_nb.training import FineTuner, fit_precision, make_trainer, newest_checkpoint, read_metrics, save_final, train
+from minicpmv_nb.surviving import newest_checkpoint
+from minicpmv_nb.training import FineTuner, fit_precision, make_trainer, read_metrics, save_final, train
 
 SPEED = dict(dataloader_num_workers=0, use_cpu=True)
 LORA, FULL = dict(use_lora=True, lora_r=8, lora_alpha=16), dict(tune_llm=True, tune_vision=True)
@@ -254,7 +255,7 @@ def interrupted_copy(folder, to):
 def test_resumed_run_goes_on_as_if_nothing_had_happened(finished, kind, tmp_path):
     # Dropout is on, so the state of the random numbers must have come back too.
     whole, again = finished(kind), interrupted_copy(finished(kind), tmp_path/'again')
-    cfg = training.load_config(whole/'config.json')
+    cfg = load_config(whole/'config.json')
     train(replace(cfg, output_dir=str(again), resume_from_checkpoint='auto'))
     assert same_numbers(steps(again), steps(whole))  # also: no step twice, none missing
     for file in whole.glob('final/*.safetensors'):
@@ -266,7 +267,7 @@ def test_random_numbers_matter_here(finished, tmp_path):
     # The test above would also pass without restoring them, if nothing depended on them.
     again = interrupted_copy(finished('LORA'), tmp_path/'again')
     torch.save(torch.load(again/'checkpoint-2'/'rng_state.pth', weights_only=False) | dict(cpu=torch.Generator().manual_seed(5).get_state()), again/'checkpoint-2'/'rng_state.pth')
-    train(replace(training.load_config(again/'config.json'), output_dir=str(again), resume_from_checkpoint='auto'))
+    train(replace(load_config(again/'config.json'), output_dir=str(again), resume_from_checkpoint='auto'))
     assert not same_numbers(steps(again)[2:], steps(finished('LORA'))[2:])
 
 
@@ -351,7 +352,7 @@ def test_frozen_parts_stay_as_they_were(cfg, tiny, tmp_path):
 def test_run_folder_says_how_to_repeat_the_run(finished, tiny, drawn):
     facts = json.loads((finished('LORA')/'config.json').read_text())
     assert facts['versions']['torch'] == torch.__version__ and len(facts['data_sha256']['data_path']) == 64
-    again = training.load_config(finished('LORA')/'config.json')
+    again = load_config(finished('LORA')/'config.json')
     assert (again.model_name_or_path, again.data_path, again.max_steps) == (str(tiny), str(drawn), 4)
 
 def test_commit_of_a_hub_model_is_recorded(cfg, tiny, tmp_path, monkeypatch):
