@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from . import __version__
-from .config import Config, documented, from_flags, from_script, full, load_config, lora, qlora, recommended
+from .config import Config, clock, documented, from_flags, from_script, full, load_config, lora, qlora, recommended
 from .families import FAMILIES
 
 # %% ../nbs/27_command.ipynb #1f837a0b
@@ -268,7 +268,7 @@ def progress_line(
     if 'steps' not in p: return p['state']
     full = bar*p.get('step', 0)//p['steps']
     numbers = [f'{k} {p[k]:.4g}' for k in ('loss', 'eval_loss') if k in p]
-    left = [f'{int(p["left"]//3600):02}:{int(p["left"]%3600//60):02}:{int(p["left"]%60):02} left'] if 'left' in p and p['state'] == 'running' else []
+    left = [f'{clock(p["left"])} left'] if 'left' in p and p['state'] == 'running' else []
     return '  '.join([p['state'], f'[{"#"*full}{"."*(bar-full)}]', f'step {p.get("step", 0)} of {p["steps"]}', *numbers, *left])
 
 # %% ../nbs/27_command.ipynb #0bc82f36

@@ -8,7 +8,7 @@ __all__ = ['GUIDE_LORA_TARGETS', 'TYPES', 'NAMES', 'CHOICES', 'POSITIVE', 'GUIDE
            'make_config', 'lora', 'qlora', 'full', 'read_value', 'from_flags', 'to_flags', 'documented', 'flag_help',
            'from_script', 'zero_stage', 'offloaded', 'deepspeed_json', 'check_batch', 'precision_notes',
            'deepspeed_notes', 'save_config', 'load_config', 'write_json', 'better_values', 'recommended',
-           'write_status', 'read_status', 'read_metrics']
+           'write_status', 'read_status', 'read_metrics', 'clock']
 
 # %% ../nbs/01_config.ipynb #51096afc
 import difflib, json, math, os, re, shlex, time
@@ -494,3 +494,9 @@ def read_metrics(
     file = Path(folder)/'metrics.jsonl'
     lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
     return [json.loads(line) for line in lines if line.endswith('\n')]
+
+def clock(
+    seconds:float|None, # None: unknown
+)->str: # Hours, minutes and seconds
+    "A length of time for readers."
+    return '–' if seconds is None else f'{int(seconds//3600)}:{int(seconds%3600//60):02}:{int(seconds%60):02}'

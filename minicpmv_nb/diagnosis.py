@@ -33,7 +33,7 @@ from .model import MiniCPMV, left_out, weight_files
 from .quantizing import check_packed, is_quantized, packed_layers, quantized_layers, to_nf4
 from .prompts import Processor, conversation_spans, encode, picture_sizes
 from .samples import Picture, Turn
-from .tuning import memory, tune
+from .tuning import html_table, memory, text_table, tune
 
 # %% ../nbs/17_diagnosis.ipynb #e4675129
 AGAIN, PULL, POINTER = 'Download it again.', 'Run "git lfs pull" in the folder, or download the model again.', b'version https://git-lfs'
@@ -302,18 +302,9 @@ class MemoryTable(list):
         last = ('verdict',)*any('verdict' in r for r in self)
         return [('GB on one GPU' if self[0]['gpus'] == 1 else f'GB on each of {self[0]["gpus"]} GPUs', '', *self.columns, *last)] + [(r['method'], r['sharding'], *(number(r[c]) for c in self.columns), *(r[c] for c in last)) for r in self]
 
-    def __str__(self)->str:
-        cells = self.cells()
-        wide = [max(map(len, column)) for column in zip(*cells)]
-        return '\n'.join('  '.join(f'{v:>{w}}' if 2 <= i <= 6 else f'{v:<{w}}' for i, (v, w) in enumerate(zip(c, wide))).rstrip() for c in cells)
-
+    def __str__(self)->str: return text_table(self.cells(), range(2, 7))
     __repr__ = __str__
-
-    def _repr_html_(self)->str: return _html(self.cells())
-
-def _html(cells:list[tuple])->str: # A table whose first row is the head
-    line = lambda values, tag: '<tr>' + ''.join(f'<{tag}>{escape(v)}</{tag}>' for v in values) + '</tr>'
-    return '<table>' + line(cells[0], 'th') + ''.join(line(c, 'td') for c in cells[1:]) + '</table>'
+    def _repr_html_(self)->str: return html_table(self.cells())
 
 def memory_table(
     config:dict, # A checkpoint's `config.json`
@@ -549,7 +540,7 @@ class Diagnosis:
     __repr__ = __str__
 
     def _repr_html_(self)->str:
-        part = lambda about: _html([('', '', 'found', 'what to do')] + [(r['verdict'], r['what'], r['found'], r['do']) for r in self.rows if r['about'] == about])
+        part = lambda about: html_table([('', '', 'found', 'what to do')] + [(r['verdict'], r['what'], r['found'], r['do']) for r in self.rows if r['about'] == about])
         needs = f'{self.needs._repr_html_()}<p>{escape(ON_TOP)}</p>' if self.needs else ''
         return f'<p><b>{escape(self.head())}</b></p>{part("folder")*any(r["about"] == "folder" for r in self.rows)}{needs}{part("machine")}'
 

@@ -29,7 +29,7 @@ from .prompts import Encoded, Processor, encode, picture_sizes
 from .quantizing import quantized_layers
 from .samples import check
 from .training import fit_precision
-from .tuning import memory, parameter_groups, tune
+from .tuning import html_table, memory, parameter_groups, text_table, tune
 from .vision import Layout, frame_positions, patch_positions
 
 # %% ../nbs/16_estimating.ipynb #9e031fe5
@@ -219,17 +219,11 @@ class Estimate:
         rows = self.rows + [dict(part='together') | self.together]
         return [(f'GB {"in" if self.cpu else "on"} {"each of " if self.gpus > 1 else ""}{self.gpus} {self.places if self.gpus > 1 else self.place}', *self.moments.values())] + [(r['part'], *(number(r[m]) if r[m] else '' for m in self.moments)) for r in rows]
 
-    def __str__(self)->str:
-        cells = self.cells()
-        wide = [max(map(len, column)) for column in zip(*cells)]
-        return '\n'.join(['  '.join(f'{v:>{w}}' if i else f'{v:<{w}}' for i, (v, w) in enumerate(zip(c, wide))).rstrip() for c in cells] + ['', self.need(), *self.notes])
+    def __str__(self)->str: return '\n'.join([text_table(self.cells(), range(1, 4)), '', self.need(), *self.notes])
 
     __repr__ = __str__
 
-    def _repr_html_(self)->str:
-        line = lambda values, tag: '<tr>' + ''.join(f'<{tag} style="text-align:{"right" if i else "left"}">{escape(v)}</{tag}>' for i, v in enumerate(values)) + '</tr>'
-        first, *others = self.cells()
-        return f'<table>{line(first, "th")}{"".join(line(c, "td") for c in others)}</table><p><b>{self.need()}</b> {escape(" ".join(self.notes))}</p>'
+    def _repr_html_(self)->str: return f'{html_table(self.cells(), range(1, 4))}<p><b>{self.need()}</b> {escape(" ".join(self.notes))}</p>'
 
 def _unmeasured(cfg:Config, config:dict)->Work: # Of a published model that is not on this machine: its tokenizer is not either
     work = _limits(cfg, config, cfg.per_device_train_batch_size)

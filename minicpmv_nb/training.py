@@ -21,7 +21,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 
 from . import __version__
 from .batches import SampleDataset, collate, data_hash, load_data
-from .config import Config, deepspeed_json, deepspeed_notes, flag_help, precision_notes, from_flags, read_metrics, read_status, save_config, write_json, write_status, zero_stage
+from .config import Config, clock, deepspeed_json, deepspeed_notes, flag_help, precision_notes, from_flags, read_metrics, read_status, save_config, write_json, write_status, zero_stage
 from .families import check_llm_type, find_family, read_config, resolve
 from .model import NOTES, check_shapes, fingerprint, read_tensor, say, tensor_shapes, weight_files, write_checkpoint
 from .prompts import Processor
@@ -117,7 +117,7 @@ class RunLog(TrainerCallback):
         if 'tokens_per_second' in e: shown.append(f'{e["tokens_per_second"]:,.0f} tokens/s')
         done = state.global_step - self.start[1]
         left = (time.time()-self.start[0])/max(done, 1)*(state.max_steps-state.global_step)
-        return f'step {state.global_step}/{state.max_steps}  ' + '  '.join(shown) + f'  {int(left//3600)}:{int(left%3600//60):02}:{int(left%60):02} left'
+        return f'step {state.global_step}/{state.max_steps}  ' + '  '.join(shown) + f'  {clock(left)} left'
 
 def _peak_memory(device)->int: # Bytes at most since the last call on a GPU; on a CPU, what the process holds now
     import psutil

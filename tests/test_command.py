@@ -194,7 +194,7 @@ def test_nothing_is_known_yet(tmp_path):
     assert progress(r) == dict(state='stopped') and progress_line(progress(r)) == 'stopped'
 
 def test_line():
-    assert progress_line(dict(state='running', step=12, steps=40, loss=.53214, eval_loss=1.0, left=3675.4)) == 'running  [######..............]  step 12 of 40  loss 0.5321  eval_loss 1  01:01:15 left'
+    assert progress_line(dict(state='running', step=12, steps=40, loss=.53214, eval_loss=1.0, left=3675.4)) == 'running  [######..............]  step 12 of 40  loss 0.5321  eval_loss 1  1:01:15 left'
     assert 'left' not in progress_line(dict(state='done', step=40, steps=40, left=0.0))
     assert progress_line(dict(state='running', step=1, steps=2, left=90_000.0)).endswith('25:00:00 left')
 

@@ -7,9 +7,9 @@ import psutil
 import pytest
 
 from minicpmv_nb import plots, run_panel
-from minicpmv_nb.config import lora, save_config, write_json
+from minicpmv_nb.config import clock, lora, save_config, write_json
 from minicpmv_nb.jobs import Run, find_runs, launch
-from minicpmv_nb.run_panel import Follower, RunPanel, clock, progress
+from minicpmv_nb.run_panel import Follower, RunPanel, progress
 
 
 def until(done, seconds=20):
