@@ -89,7 +89,7 @@ def held()->int:
 def machine_memory()->dict:
     "Bytes of the machine's memory: what is page-locked for the GPU, and what else the process has to itself."
     own = psutil.Process().memory_info()
-    return dict(locked=torch.cuda.host_memory_stats()['allocated_bytes.current'], pageable=own.rss - own.shared)
+    return dict(locked=torch.cuda.host_memory_stats().get('allocated_bytes.current', 0), pageable=own.rss - own.shared)
 
 class Watch(TrainerCallback):
     "On a GPU the allocator's peaks, and the machine's memory behind a step; on a CPU the bytes of all tensors behind a step, and the size of the process."
@@ -203,7 +203,7 @@ def described(args)->dict:
 
 def versions()->dict[str,str]:
     "What it ran with."
-    return dict(Python=platform.python_version()) | {p: version(p) for p in (*MEASURED_WITH, 'pillow')}
+    return dict(Python=platform.python_version()) | {p: version(p) for p in MEASURED_WITH}
 
 def named(facts:dict)->str:
     "What a result is called."

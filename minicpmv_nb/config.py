@@ -356,11 +356,11 @@ def zero_stage(
 
 def offloaded(
     cfg:Config, # A configuration
-)->str: # `none`, `optimizer` or `all`, as of `Config.offload`
-    "What a run keeps out of the GPU, also by a DeepSpeed file of the user's own."
+)->str: # `none`, `optimizer` or `all`, as of `Config.offload`; `weights`, which only a DeepSpeed file of the user's own can ask for
+    "What a run keeps out of the GPU."
     zero = deepspeed_json(cfg).get('zero_optimization', {}) if cfg.deepspeed else {}
-    away = [key for key in ('offload_param', 'offload_optimizer') if (zero.get(key) or {}).get('device', 'none') != 'none']
-    return 'all' if 'offload_param' in away else 'optimizer' if away else 'none'
+    away = tuple((zero.get(key) or {}).get('device', 'none') != 'none' for key in ('offload_param', 'offload_optimizer'))
+    return {(True, True): 'all', (True, False): 'weights', (False, True): 'optimizer', (False, False): 'none'}[away]
 
 def deepspeed_json(
     cfg:Config, # A configuration whose `deepspeed` is set
@@ -440,7 +440,7 @@ def write_json(
 )->None:
     "Write JSON beside the file and rename it into place, so that a reader never sees half of it."
     aside = Path(f'{path}.{os.getpid()}.part')
-    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding='utf-8')
+    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding='utf-8', errors='backslashreplace') # half a surrogate pair, which UTF-8 cannot hold, becomes JSON's own escape
     os.replace(aside, path)
 
 # %% ../nbs/01_config.ipynb #c3ed877f

@@ -19,7 +19,7 @@ from .plots import plot_run
 from .prompts import Processor
 from .quantizing import refuse_four_bit
 from .surviving import newest_checkpoint
-from .training import facts, fit_precision, measured_by, refuse_foreign
+from .training import facts, fit_precision, refuse_foreign
 
 # %% ../nbs/13_jobs.ipynb #36ae16b8
 def fit_machine(
@@ -360,7 +360,7 @@ def _check_data(cfg:Config, folder:Path)->dict: # Reports of the data files
     for path in (cfg.data_path, cfg.eval_data_path if cfg.do_eval else None):
         if not path: continue
         _, report = load_data(path, processor, cfg.model_max_length, cfg.bad_samples, cfg.extra_image_tags, cfg.check_pixels)
-        reports[path] = asdict(report) | dict(measured_by=measured_by(cfg, path))
+        reports[path] = asdict(report)
         if report.problems or report.notes: print(report)
     return reports
 

@@ -193,8 +193,8 @@ def verdict(
         'with QLoRA, with tune_vision=False, with deepspeed on several GPUs, or with offload.'), 'wrong'
 
 def _beside(e:Estimate, ram:float, need:str)->tuple[str,str]: # The GPUs suffice; does the memory for what is offloaded?
-    away = f'; what is offloaded needs {_gb(e.host*e.here)} GB of the machine\'s memory' + (f', which is {ram:.0f} GB' if ram else '')
-    if ram and e.host and (e.host + ROOM)*e.here > ram: return f'✗ It does not fit. {need}{away}. Train less, share the work among more machines, or leave offload out.', 'wrong'
+    away = f'; what is offloaded needs {_gb(e.host*e.here)} GB of the machine\'s memory, and Python about {ROOM*e.here:.0f}' + (f'; this machine has {ram:.0f} GB' if ram else '')
+    if ram and e.host and (e.host + ROOM)*e.here > ram: return f'✗ It does not fit. {need}{away}. Train less, share the work among more machines, leave offload out, or set pin_memory to false in a DeepSpeed JSON of your own.', 'wrong'
     return f'✓ It fits. {need}{away if e.host else ""}.', 'done'
 
 def _on_cpu(e:Estimate, machine:Machine)->tuple[str,str]: # Where no GPU is used

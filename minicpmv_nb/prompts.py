@@ -10,7 +10,7 @@ __all__ = ['WORDS', 'BOX', 'BOXES', 'PictureSizes', 'picture_sizes', 'Span', 'pi
 # %% ../nbs/04_prompts.ipynb #40ddde9b
 import json, re
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from html import escape
 from itertools import count
 from pathlib import Path
@@ -134,6 +134,9 @@ class Processor:
     @cached_property
     def end_ids(self)->list[int]: return [self.vocabulary[name] for name in self.family.end_tokens if name in self.vocabulary] # What ends an answer
 
+    @cached_property
+    def short_ids(self)->dict: return {} # (what stands before, text): ids
+
     def plan(self, picture:Picture)->SlicePlan: # From the header's size alone
         "How a picture will be cut."
         return plan(picture.width, picture.height, self.sizes.max_slices, self.sizes.scale, self.sizes.patch)
@@ -158,14 +161,16 @@ def ids_behind(
     tokenizer, # A fast tokenizer
 )->list[int]: # The ids of `text` only
     "Tokenise text as the continuation of something, without changing that; by itself where the two would merge."
-    before, whole = (_ids(t, tokenizer) for t in (head, head + text))
-    return whole[len(before):] if whole[:len(before)] == before else _ids(text, tokenizer)
+    before, whole = (tokenizer(t, add_special_tokens=False)['input_ids'] for t in (head, head + text))
+    return whole[len(before):] if whole[:len(before)] == before else tokenizer(text, add_special_tokens=False)['input_ids']
 
-def _ids(text:str, tokenizer)->list[int]: # Short texts are remembered: of some twenty pieces of a sample all but the texts of its turns are those of every sample
-    return list(_short_ids(text, tokenizer)) if len(text) <= 64 else tokenizer(text, add_special_tokens=False)['input_ids']
-
-@lru_cache(maxsize=2048)
-def _short_ids(text:str, tokenizer)->tuple: return tuple(tokenizer(text, add_special_tokens=False)['input_ids'])
+def _known_ids(head:str, text:str, processor:Processor)->list[int]: # Of some twenty pieces of a sample all but the texts of its turns are those of every sample: they are remembered
+    if len(text) > 64: return ids_behind(head, text, processor.tokenizer)
+    known = processor.short_ids
+    if (head, text) in known: return known[head, text]
+    ids = ids_behind(head, text, processor.tokenizer)
+    if len(known) < 2048: known[head, text] = ids
+    return ids
 
 def text_ids(
     text:str, # Text of a user, or of a template between its special tokens
@@ -175,7 +180,7 @@ def text_ids(
     "Tokenise text."
     cuts = [m.start()+1 for m in processor.reserved.finditer(text)]
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, None])]
-    return [i for h, piece in zip([head] + [processor.middle]*len(cuts), pieces) for i in ids_behind(h, piece, processor.tokenizer)]
+    return [i for h, piece in zip([head] + [processor.middle]*len(cuts), pieces) for i in _known_ids(h, piece, processor)]
 
 # %% ../nbs/04_prompts.ipynb #8b9fafe2
 def split_thought(

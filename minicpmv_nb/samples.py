@@ -63,9 +63,10 @@ class Report:
     thoughts: int = 0 # Answers before the last whose thinking is left out, as in a chat
     problems: list = field(default_factory=list) # `Problem`s, in the order of the file
     tokens: dict = field(default_factory=dict) # Length statistics, once known
+    fingerprint: str = '' # Of the good samples and of what measured them, once measured
 
     @classmethod
-    def read(cls, stored:dict)->'Report': # From what `asdict` gives, or a JSON file of it
+    def from_dict(cls, stored:dict)->'Report': # What `asdict` gave
         "A report that was kept."
         return cls(**stored | dict(problems=[Problem(**p) for p in stored['problems']]))
 

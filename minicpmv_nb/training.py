@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATE_FILES', 'fit_precision', 'weight_dtype', 'training_arguments', 'RunLog', 'FineTuner', 'save_final',
-           'gather_by_layer', 'facts', 'measured_by', 'known_report', 'prepare_model', 'make_trainer', 'Patience',
-           'refuse_foreign', 'train', 'with_folder', 'record_failure', 'main']
+           'gather_by_layer', 'facts', 'known_report', 'prepare_model', 'make_trainer', 'Patience', 'refuse_foreign',
+           'train', 'with_folder', 'record_failure', 'main']
 
 # %% ../nbs/11_training.ipynb #b79f9f86
 import atexit, filecmp, json, math, os, shutil, sys, threading, time
@@ -341,21 +341,14 @@ def facts(
     files = {name: data_hash(path) for name in ('data_path', 'eval_data_path') if (path := getattr(cfg, name))}
     return dict(versions=packages | dict(minicpmv_nb=__version__), data_sha256=files, model_commit=commit)
 
-def measured_by(
-    cfg:Config, # The run's configuration
-    path:str, # A data file
-)->dict: # What the lengths of its samples follow from
-    "Tells whether a report on a data file is still true; the pictures are taken to have the sizes they had."
-    return dict(data_sha256=data_hash(path), **{k: getattr(cfg, k) for k in ('model_name_or_path', 'revision', 'max_slice_nums', 'model_max_length', 'extra_image_tags', 'check_pixels')})
-
 def known_report(
     cfg:Config, # The run's configuration, with its folder
     path:str, # A data file
-)->Report|None: # None: there is none, or of something else
-    "What `launch` found in a data file."
-    for file in sorted(Path(cfg.output_dir).glob('data_report*.json')): # each machine has its own
-        stored = json.loads(file.read_text(encoding='utf-8')).get(path, {})
-        if stored.pop('measured_by', None) == measured_by(cfg, path): return Report.read(stored)
+)->Report|None: # None: it is to be measured
+    "What `launch` found in a data file; `load_data` sees whether that is still true."
+    name = f'data_report-{cfg.node_rank}.json' if cfg.node_rank else 'data_report.json'
+    try: return Report.from_dict(json.loads((Path(cfg.output_dir)/name).read_text(encoding='utf-8'))[path])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError): return None # not there, broken, or of another version
 
 def prepare_model(
     cfg:Config, # After `fit_precision`
@@ -400,8 +393,9 @@ class Patience(EarlyStoppingCallback):
     def on_train_begin(self, args, state, control, **kw): pass
 
 def _dataset(path, cfg:Config, processor)->SampleDataset:
-    samples, report = load_data(path, processor, cfg.model_max_length, cfg.bad_samples, cfg.extra_image_tags, cfg.check_pixels, known=known_report(cfg, path))
-    say(str(report))
+    known = known_report(cfg, path)
+    samples, report = load_data(path, processor, cfg.model_max_length, cfg.bad_samples, cfg.extra_image_tags, cfg.check_pixels, known=known)
+    say(f'{report}' + '\n  found at the launch; what was mended since is left out until the next one'*(report is known and bool(report.problems)))
     return SampleDataset(samples, processor)
 
 def refuse_foreign(

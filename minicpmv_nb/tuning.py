@@ -117,7 +117,7 @@ def memory(
     gpus:int=1, # How many share
     packed:int=0, # Of the frozen parameters, those in four bits
     width:int=2, # Bytes of a weight that is not trained in float32
-    offload:str='none', # `Config.offload`: what lies in the machine's memory takes none of the GPU's
+    offload:str='none', # From `offloaded`: what lies in the machine's memory takes none of the GPU's
     moments:int=8, # Bytes of the optimiser's state for each trained parameter: Adam's two moments in float32
 )->dict[str,float]: # GB per GPU: `loading`, `weights`, `gradients`, `optimizer`, `together`
     "The memory of weights, gradients and optimiser."
@@ -125,7 +125,7 @@ def memory(
     whole = dict(zip(('weights', 'gradients', 'optimizer'), (n*trained/1e9 for n in each)))
     whole['weights'] += (width*(frozen-packed) + PACKED_BYTES*packed)/1e9
     shared = {0: (), 1: ('optimizer',), 2: ('gradients', 'optimizer'), 3: ('weights', 'gradients', 'optimizer')}[stage]
-    away = dict(none=(), optimizer=('gradients', 'optimizer'), all=('weights', 'gradients', 'optimizer'))[offload]
+    away = dict(none=(), weights=('weights',), optimizer=('gradients', 'optimizer'), all=('weights', 'gradients', 'optimizer'))[offload]
     parts = {k: 0.0 if k in away else v/gpus if k in shared else v for k, v in whole.items()}
     return dict(loading=whole['weights']) | parts | dict(together=sum(parts.values()))
 

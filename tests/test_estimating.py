@@ -71,19 +71,41 @@ def test_remedies_of_real_size(tmp_path):
     whole = full(str(tmp_path), '', bf16=True, fp16=False)
     assert total(replace(whole, offload='all'), 8) < total(whole, 8) < total(replace(whole, deepspeed='ds_config_zero2.json'), 8)
 
-def test_locked_memory_is_rounded_up(tmp_path):
-    "torch takes a power of two for each page-locked block: float32 weights, gradients and the 16-bit copy of each group, and a way out for one gradient."
+@pytest.fixture
+def asked(tmp_path):
+    "An estimate for all of 2.6 in full on one GPU, with fields of our own DeepSpeed configuration changed."
     from minicpmv_nb import estimate
     from minicpmv_nb.config import full
     from minicpmv_nb.families import FAMILIES
     (tmp_path/'config.json').write_text(json.dumps(FAMILIES['2.6'].official))
-    cfg = full(str(tmp_path), '', bf16=True, fp16=False, tune_vision=False, gradient_accumulation_steps=1, deepspeed='ds_config_zero2.json', offload='optimizer')
-    zero = deepspeed_json(cfg)
-    zero['zero_optimization']['offload_optimizer']['pin_memory'] = False
-    (tmp_path/'zero.json').write_text(json.dumps(zero))
-    locked, pageable = estimate(cfg, 1).host, estimate(replace(cfg, deepspeed=str(tmp_path/'zero.json'), offload='none'), 1).host
+    cfg = full(str(tmp_path), '', bf16=True, fp16=False, tune_vision=False, gradient_accumulation_steps=1)
+    def ask(stage, **zero):
+        given = deepspeed_json(replace(cfg, deepspeed=f'ds_config_zero{stage}.json'))
+        given['zero_optimization'] |= zero
+        (tmp_path/'zero.json').write_text(json.dumps(given))
+        return estimate(replace(cfg, deepspeed=str(tmp_path/'zero.json')), 1)
+    return ask
+
+def test_locked_memory_is_rounded_up(asked):
+    "torch takes a power of two for each page-locked block: float32 weights, gradients and the 16-bit copy of each group, and a way out for one gradient."
+    pageable = asked(2, offload_optimizer=dict(device='cpu', pin_memory=False)).host
     assert pageable == pytest.approx(18*7.68 + 2*.5436, rel=.002) # bytes times thousand millions
-    assert pageable < locked < 2*pageable
+    assert asked(2, offload_optimizer=dict(device='cpu')).host == pytest.approx(172.3, abs=.1) # DeepSpeed's default
+
+def test_a_deepspeed_file_may_offload_one_without_the_other(asked):
+    weights, none, both = (asked(3, **{f'offload_{k}': dict(device='cpu') for k in what}) for what in (('param',), (), ('param', 'optimizer')))
+    part = lambda e, name, moment: next(r[moment] for r in e.rows if r['part'] == name)
+    assert part(weights, 'weights', 'step') == 0 and part(weights, 'optimizer', 'step') == part(none, 'optimizer', 'step') > 90
+    assert part(both, 'optimizer', 'step') == 0 and both.host > weights.host > 16
+    assert weights.total < none.total
+
+def test_nvme_is_not_the_memory_of_the_machine(asked):
+    e = asked(3, offload_optimizer=dict(device='nvme', nvme_path='/x'), offload_param=dict(device='nvme', nvme_path='/x'))
+    assert e.host == 0 and 'What goes to NVMe is not reckoned' in str(e)
+
+def test_zero_3_steps_as_many_parameters_as_it_was_told(asked):
+    copies = lambda **zero: next(r['step'] for r in asked(3, **zero).rows if r['part'] == 'copies while stepping')
+    assert copies(sub_group_size='auto') == copies() == pytest.approx(8) and copies(sub_group_size=1e8) == pytest.approx(.8) and copies(sub_group_size=1e12) == pytest.approx(8*6.53, rel=.01)
 
 @pytest.mark.parametrize('family', ['2.0', '2.5', '2.6', 'o-2.6', '4.0', '4.5'])
 def test_every_family_can_be_estimated(family, tmp_path):

@@ -6,8 +6,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from minicpmv_nb.batches import load_data
 from minicpmv_nb.config import lora
 from minicpmv_nb.jobs import Run, RunFailed, launch
+from minicpmv_nb.prompts import Processor
 from minicpmv_nb.surviving import newest_checkpoint
 from minicpmv_nb.training import known_report
 from support import draw_data, free_port
@@ -128,9 +130,20 @@ def test_ranks_know_what_launch_found_in_the_data(cfg, data_copy):
     run = launch(replace(cfg, data_path=str(data_copy)), start=False)
     known = known_report(run.config, str(data_copy))
     assert (known.entries, known.kept, known.problems) == (24, 24, []) and known.tokens['longest'] > 0
-    assert known_report(replace(run.config, model_max_length=1000), str(data_copy)) is None
-    data_copy.write_text(data_copy.read_text() + ' ')
-    assert known_report(run.config, str(data_copy)) is None
+    _, again = load_data(data_copy, Processor.from_folder(cfg.model_name_or_path), run.config.model_max_length, known=known)
+    assert again is known # not measured
+    other = dict(fingerprint='', new=1)
+    for broken in ('', '[]', '{}', '{"entries": 24', json.dumps({str(data_copy): None}), json.dumps({str(data_copy): other})):
+        run.file('data_report.json').write_text(broken)
+        assert known_report(run.config, str(data_copy)) is None
+    assert known_report(replace(run.config, nnodes=2, node_rank=1), str(data_copy)) is None
+
+def test_half_a_character_in_an_id_does_not_stop_a_launch(cfg, data_copy):
+    entries = json.loads(data_copy.read_text())
+    entries[0] |= dict(id='\udc80', image='none.png')
+    data_copy.write_text(json.dumps(entries))
+    run = launch(replace(cfg, data_path=str(data_copy), bad_samples='skip'), start=False)
+    assert known_report(run.config, str(data_copy)).problems[0].id == '\udc80'
 
 def test_no_rank_outlives_torchrun(cfg):
     run = launch(replace(cfg, max_steps=500, save_steps=1000))

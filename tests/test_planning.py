@@ -32,7 +32,7 @@ def test_on_a_cpu_what_is_offloaded_is_in_the_same_memory(official):
 def test_beside_a_gpu_what_is_offloaded_needs_the_machine(official):
     e = estimate(full(official, '', fp16=False, bf16=True, offload='optimizer', deepspeed='ds_config_zero2.json'), 2)
     card = lambda ram: Machine(gpus=(('a card', 80.0),)*2, ram=ram)
-    assert verdict(e, card(128.0))[1] == 'wrong' and 'which is 128 GB' in verdict(e, card(128.0))[0]
+    assert verdict(e, card(128.0))[1] == 'wrong' and 'this machine has 128 GB' in verdict(e, card(128.0))[0]
     assert [verdict(e, card(ram))[1] for ram in (512.0, 0)] == ['done', 'done'] # 0: not known
 
 def test_one_machine_has_its_own_processes_only(tiny, drawn):

@@ -109,16 +109,21 @@ def test_what_is_known_of_a_file_is_not_measured_again(tmp_path, tiny, monkeypat
     from minicpmv_nb import batches
     processor = Processor.from_folder(tiny)
     file = write_data(tmp_path, [entry('good'), entry('long', conversations=talk(answer='red '*300)), entry('torn', image='none.png'), entry('other')])
-    truncated(tmp_path/'cut.png')
     samples, report = load_data(file, processor, 200, 'skip')
-    kept = Report.read(json.loads(json.dumps(asdict(report))))
+    kept = Report.from_dict(json.loads(json.dumps(asdict(report))))
     assert [p.entry for p in report.problems] == [1, 2] and kept == report
-    monkeypatch.setattr(batches, 'find_long', None) # would fail
-    assert load_data(file, processor, 200, 'skip', decode=True, known=kept) == (samples, report)
+    measured, find_long = [], batches.find_long
+    monkeypatch.setattr(batches, 'find_long', lambda *args: measured.append(1) or find_long(*args))
+    again = lambda **how: load_data(file, processor, **dict(max_length=200, bad_samples='skip', known=kept) | how)
+    assert again() == (samples, report)
     Image.new('RGB', (60, 40)).save(tmp_path/'none.png') # too late for this run
-    assert load_data(file, processor, 200, 'skip', known=kept) == (samples, report)
+    assert again() == (samples, report) and not measured
+    for how in (dict(max_length=100), dict(decode=True)): assert again(**how)[1] != report
+    with pytest.raises(DataError, match='more than model_max_length 200'): again(bad_samples='error')
+    Image.new('RGB', (400, 300)).save(tmp_path/'dot.png') # larger than it was
+    assert again(max_length=300)[1].tokens['longest'] > report.tokens['longest'] and len(measured) == 4
     (tmp_path/'dot.png').unlink()
-    with pytest.raises(DataError, match='dot.png does not exist'): load_data(file, processor, 200, 'skip', known=kept)
+    assert [x.id for x in again()[0]] == ['torn']
 
 def test_a_dataset_tokenises_what_is_asked_for(tmp_path, tiny, monkeypatch):
     from minicpmv_nb import batches
