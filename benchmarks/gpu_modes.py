@@ -154,7 +154,9 @@ def measure(mode:str, base:Path, data:Path, out:Path, args)->dict:
     with open(run.file('log.txt'), 'w') as log: code = subprocess.run(['bash', str(script)], stdout=log, stderr=subprocess.STDOUT).returncode
     row |= dict(seconds=time.time() - start)
     if not cfg.use_lora: shutil.rmtree(run.final, ignore_errors=True) # as large as the model
-    if code: return row | dict(failed=run.cause().splitlines()[0], log=run.log(60))
+    if code:
+        print(run.log(60), flush=True) # not into the result: it is about this machine
+        return row | dict(failed=run.cause().splitlines()[0])
     row |= summary([json.loads(f.read_text()) for f in sorted(run.folder.glob('watched-*.json'))])
     return row | beside(row, expected(e, zero_stage(cfg), args.gpu)) | dict(losses=[m['loss'] for m in read_metrics(run.folder) if 'loss' in m])
 
@@ -177,7 +179,7 @@ def estimates(found:dict, work:Path)->list[dict]:
     for row in found['rows']:
         cfg = configure(row['mode'], base, data, work, args)
         e = estimate(cfg)
-        again = beside(row, expected(e, zero_stage(cfg), args.gpu)) if 'measured' in row else {} if 'log' in row else dict(failed=too_much(e, args.gpu_gb, args.ram_gb) or 'not run: today it would be tried')
+        again = beside(row, expected(e, zero_stage(cfg), args.gpu)) if 'measured' in row else {} if 'seconds' in row else dict(failed=too_much(e, args.gpu_gb, args.ram_gb) or 'not run: today it would be tried')
         rows.append(row | dict(estimate=e.together, host=e.host) | again)
     return rows
 
@@ -267,7 +269,7 @@ def main()->None:
     shutil.rmtree(work, ignore_errors=True); work.mkdir(parents=True)
     file = (renew if args.again else measure_all)(args, work)
     print(file)
-    sys.exit(any('log' in r for r in json.loads(file.with_suffix('.json').read_text())['rows']))
+    sys.exit(any('failed' in r and 'seconds' in r for r in json.loads(file.with_suffix('.json').read_text())['rows']))
 
 
 if __name__ == '__main__': rank() if 'RANK' in os.environ else main()

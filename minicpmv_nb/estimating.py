@@ -254,7 +254,7 @@ def moment_bytes(
     return (found[-1]//(2 if '8bit' in optim and 'lion' in optim else 1) if found else 8)
 
 @lru_cache(maxsize=16)
-def _counts(text:str, cfg:Config)->dict: # Parameters: trained, frozen, packed; the largest layer that is packed, and the largest weight that trains; those of each of the optimiser's groups; each weight that trains, and each that does not with the bits it is kept in, None: the run's
+def _counts(text:str, cfg:Config)->dict: # Parameters: trained, frozen, packed; the largest layer that is packed, and the largest weight that trains; those of each of the optimiser's groups; each weight that trains, and each that does not, with whether it is packed
     config = json.loads(text)
     with torch.device('meta'): model = MiniCPMV(config)
     four_bit = cfg.q_lora or 'quantization_config' in config
@@ -262,23 +262,23 @@ def _counts(text:str, cfg:Config)->dict: # Parameters: trained, frozen, packed; 
     packed = {id(model.get_submodule(n).weight) for n in quantized_layers(model, cfg.quantize_vision)} if four_bit else set()
     with torch.device('meta'): tuned = tune(model, cfg)
     groups = [[p.numel() for p in g['params']] for g in parameter_groups(tuned, cfg)]
-    still = [(p.numel(), 4 if id(p) in packed else None) for p in tuned.parameters() if not p.requires_grad]
+    still = [(p.numel(), id(p) in packed) for p in tuned.parameters() if not p.requires_grad]
     return dict(trained=sum(map(sum, groups)), frozen=sum(n for n, _ in still), packed=sum(sizes), largest=max(sizes), widest=max(map(max, groups)), groups=tuple(map(sum, groups)),
         moving=tuple(sum(groups, [])), still=tuple(still))
 
 def _rows(config:dict, cfg:Config, ranks:int, work:Work)->list[dict]: # One per part
     stage, width = zero_stage(cfg), 2 if cfg.bf16 or cfg.fp16 else 4
-    n = dict(_counts(json.dumps(config), only_model(cfg)))
-    largest, widest, groups, _, _ = (n.pop(k) for k in ('largest', 'widest', 'groups', 'moving', 'still'))
+    found = _counts(json.dumps(config), only_model(cfg))
+    n = {k: found[k] for k in ('trained', 'frozen', 'packed')}
     needs = memory(**n, stage=stage, gpus=ranks, width=width, offload=offloaded(cfg), moments=moment_bytes(cfg.optim))
     builds = not stage and cfg.gradient_accumulation_steps == 1 and ranks == 1 # gradients arise during the backward pass
     step = paper_step(config, cfg, work, keep=builds)
     arising = dict(gradients=step.gradients/1e9 if builds else needs['gradients'])
     row = lambda part, loading=0.0, training=0.0, step=0.0: dict(part=part, loading=loading, training=training, step=step)
     return [row('weights', needs['loading'], needs['weights'], needs['weights']), row('gradients', 0.0, arising['gradients'], needs['gradients']), row('optimizer', 0.0, needs['optimizer'], needs['optimizer']),
-        row('buckets and gathered weights', 0.0, *_buffers(cfg, stage, ranks, n, width, widest)), row('one layer unpacked', 0.0, largest*2/1e9),
+        row('buckets and gathered weights', 0.0, *_buffers(cfg, stage, ranks, n, width, found['widest'])), row('one layer unpacked', 0.0, found['largest']*2/1e9),
         row('tower, for the backward pass', 0.0, step.tower/1e9), row('language model, for the backward pass', 0.0, step.llm/1e9), row('logits and the layer at work', 0.0, step.head/1e9),
-        row('copies while stepping', 0.0, 0.0, _copies(cfg, stage, ranks, groups))]
+        row('copies while stepping', 0.0, 0.0, _copies(cfg, stage, ranks, found['groups']))]
 
 def _buffers(cfg:Config, stage:int, ranks:int, n:dict, width:int, widest:int)->tuple[float,float]: # GB in the backward pass, and in the step
     if not stage: return (4*n['trained']/1e9,)*2 if ranks > 1 else (0.0, 0.0)
@@ -291,25 +291,25 @@ def _buffers(cfg:Config, stage:int, ranks:int, n:dict, width:int, widest:int)->t
     return bucket + gathered, bucket
 
 def _sub_groups(cfg:Config, sizes)->list[float]: # What is stepped at a time: a group; under ZeRO-3 at most `sub_group_size`
-    given = deepspeed_json(cfg)['zero_optimization'].get('sub_group_size', 'auto') if cfg.deepspeed else 'auto'
-    most = 1e9 if given == 'auto' else float(given)
     if zero_stage(cfg) < 3: return list(sizes)
+    given = deepspeed_json(cfg)['zero_optimization'].get('sub_group_size', 'auto')
+    most = 1e9 if given == 'auto' else float(given)
     return [min(most, size - start) for size in sizes for start in (most*i for i in range(math.ceil(size/most)))]
 
 def _blocks(sizes, locked:bool)->float: # GB of blocks of so many bytes; torch takes a power of two for one that is page-locked
     return sum(2**math.ceil(math.log2(size)) if locked else size for size in sizes if size)/1e9
 
-def _in_memory(cfg:Config, key:str)->tuple[bool,bool]: # Whether something is offloaded to the machine's memory, and whether it is page-locked there, DeepSpeed's default
-    where = (deepspeed_json(cfg)['zero_optimization'].get(key) if cfg.deepspeed else None) or {}
-    return where.get('device') == 'cpu', where.get('pin_memory', True) and not cfg.use_cpu
+def _place(cfg:Config, key:str)->tuple[str,bool]: # Where something is offloaded to, and whether it is page-locked there, DeepSpeed's default
+    where = (deepspeed_json(cfg).get('zero_optimization', {}).get(key) if cfg.deepspeed else None) or {}
+    return where.get('device', 'none'), where.get('pin_memory', True) and not cfg.use_cpu
 
 def _host(config:dict, cfg:Config, ranks:int)->float: # GB that each process keeps in the memory of the machine
     n, width = _counts(json.dumps(config), only_model(cfg)), 2 if cfg.bf16 or cfg.fp16 else 4
     return _host_optimizer(cfg, n, width, ranks) + _host_weights(cfg, n, width, ranks)
 
 def _host_optimizer(cfg:Config, n:dict, width:int, ranks:int)->float: # State, weights and gradients in float32, and what goes to and from the GPU
-    there, locked = _in_memory(cfg, 'offload_optimizer')
-    if not there: return 0.0
+    place, locked = _place(cfg, 'offload_optimizer')
+    if place != 'cpu': return 0.0
     mine, moments = n['trained']/ranks, moment_bytes(cfg.optim)
     if zero_stage(cfg) == 3:
         return (4+moments)*mine/1e9 + _blocks([width*mine] + [4*size for size in _sub_groups(cfg, [g/ranks for g in n['groups']])], locked)
@@ -317,9 +317,9 @@ def _host_optimizer(cfg:Config, n:dict, width:int, ranks:int)->float: # State, w
     return moments*mine/1e9 + kept + _blocks([each*g/ranks for g in n['groups'] for each in (4, 4, width)] + [width*n['widest']], locked)
 
 def _host_weights(cfg:Config, n:dict, width:int, ranks:int)->float: # One by one those that do not train; the others group by group, after they have been locked one by one as well
-    there, locked = _in_memory(cfg, 'offload_param')
-    if not there: return 0.0
-    each = lambda size, bits=None: size/ranks*(PACKED_BYTES if bits else width)
+    place, locked = _place(cfg, 'offload_param')
+    if place != 'cpu': return 0.0
+    each = lambda size, packed=False: size/ranks*(PACKED_BYTES if packed else width)
     first = _blocks([each(size) for size in n['moving']], locked) if locked else 0.0 # torch keeps such a block for later
     return _blocks([each(*s) for s in n['still']], locked) + _blocks([each(g) for g in n['groups']], locked) + first
 
@@ -331,7 +331,7 @@ def _copies(cfg:Config, stage:int, ranks:int, groups:tuple)->float: # GB while t
 def _notes(cfg:Config, ranks:int, host:float)->tuple: # What is special about this run
     said = []
     if not cfg.bf16 and not cfg.fp16: said.append('Everything in float32.')
-    if 'nvme' in str(deepspeed_json(cfg).get('zero_optimization') if cfg.deepspeed else ''): said.append('What goes to NVMe is not reckoned, and its buffers in memory neither.')
+    if 'nvme' in (_place(cfg, key)[0] for key in ('offload_param', 'offload_optimizer')): said.append('What goes to NVMe is not reckoned, and its buffers in memory neither.')
     if host: said.append(f'What is offloaded needs {host*ranks/cfg.nnodes:.1f} GB in the memory of {"the" if cfg.nnodes == 1 else "each"} machine.')
     if zero_stage(cfg) == 3 and ranks > 1: said.append('Every process loads the whole model before ZeRO-3 splits it.')
     return tuple(said)
