@@ -29,7 +29,7 @@ def measure(way:str, make, base:Path, data:Path, out:Path, args)->dict:
     "Seconds of the steps of one way, and their losses."
     cfg = make(str(base), str(data), deepspeed=WAYS[way], bf16=True, fp16=False, use_cpu=True, gpus=args.processes, lora_target_modules='llm.attention llm.mlp', lora_dropout=0.0, tune_vision=False, learning_rate=1e-3, max_steps=args.steps,
         per_device_train_batch_size=1, gradient_accumulation_steps=1, dataloader_num_workers=0, save_strategy='no', report_to='none', output_dir=str(out))
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(args.processes), __file__, *to_flags(cfg)]
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--local-addr', '127.0.0.1', '--nproc_per_node', str(args.processes), __file__, *to_flags(cfg)]
     with open(out.with_suffix('.log'), 'w') as log: subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=os.environ | _environment(cfg) | dict(OMP_NUM_THREADS='1') | (dict(BY_MODULE='1') if 'module' in way else {}))
     seconds = json.loads((out/'clock-0.json').read_text())
     return dict(way=way, second_step=seconds[1], later_steps=statistics.median(seconds[2:]), losses=[m['loss'] for m in read_metrics(out) if 'loss' in m])

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from . import __version__
-from .config import Config, clock, documented, from_flags, from_script, full, load_config, lora, qlora, recommended
+from .config import Config, clock, documented, from_flags, from_script, full, load_config, lora, qlora, recommended, text_table
 from .families import FAMILIES
 
 # %% ../nbs/27_command.ipynb #1f837a0b
@@ -324,8 +324,7 @@ def run_table(
     for r in runs:
         p, changed = progress(r), max(f.stat().st_mtime for f in r.folder.glob('status*.json'))
         cells.append((_short(r.folder), p['state'], f"{p.get('step', 0)} of {p['steps']}" if 'steps' in p else '', f"{p['loss']:.4g}" if 'loss' in p else '', time.strftime('%Y-%m-%d %H:%M', time.localtime(changed))))
-    wide = [max(map(len, column)) for column in zip(*cells)]
-    return '\n'.join('  '.join(f'{v:<{w}}' for v, w in zip(c, wide)).rstrip() for c in cells)
+    return text_table(cells)
 
 def _run(name:str): # A path, or a name below runs
     from minicpmv_nb.jobs import Run

@@ -8,12 +8,13 @@ __all__ = ['GUIDE_LORA_TARGETS', 'TYPES', 'NAMES', 'CHOICES', 'POSITIVE', 'GUIDE
            'make_config', 'lora', 'qlora', 'full', 'read_value', 'from_flags', 'to_flags', 'documented', 'flag_help',
            'from_script', 'zero_stage', 'offloaded', 'deepspeed_json', 'check_batch', 'precision_notes',
            'deepspeed_notes', 'save_config', 'load_config', 'write_json', 'better_values', 'recommended',
-           'write_status', 'read_status', 'read_metrics', 'clock']
+           'write_status', 'read_status', 'read_metrics', 'clock', 'text_table', 'html_table']
 
 # %% ../nbs/01_config.ipynb #51096afc
 import difflib, json, math, os, re, shlex, time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
+from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -495,8 +496,26 @@ def read_metrics(
     lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
     return [json.loads(line) for line in lines if line.endswith('\n')]
 
+# %% ../nbs/01_config.ipynb #3dfe8317
 def clock(
     seconds:float|None, # None: unknown
 )->str: # Hours, minutes and seconds
     "A length of time for readers."
     return '–' if seconds is None else f'{int(seconds//3600)}:{int(seconds%3600//60):02}:{int(seconds%60):02}'
+
+def text_table(
+    cells:list[tuple], # Rows of text, the head first
+    right:tuple=(), # Columns that are set to the right: numbers
+)->str: # Lines
+    "A table for a terminal."
+    wide = [max(map(len, column)) for column in zip(*cells)]
+    return '\n'.join('  '.join(f'{v:>{w}}' if i in right else f'{v:<{w}}' for i, (v, w) in enumerate(zip(c, wide))).rstrip() for c in cells)
+
+def html_table(
+    cells:list[tuple], # Rows of text, the head first
+    right:tuple=(), # Columns that are set to the right
+)->str: # HTML
+    "A table for a page."
+    style = lambda i: f' style="text-align:{"right" if i in right else "left"}"'*bool(right)
+    line = lambda values, tag: '<tr>' + ''.join(f'<{tag}{style(i)}>{escape(v)}</{tag}>' for i, v in enumerate(values)) + '</tr>'
+    return '<table>' + line(cells[0], 'th') + ''.join(line(c, 'td') for c in cells[1:]) + '</table>'

@@ -26,14 +26,14 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from safetensors import SafetensorError, safe_open
 
-from .config import full, lora, qlora
+from .config import full, html_table, lora, qlora, text_table
 from .families import FAMILIES, Family, find_family, read_config, resolve, vision_config
 from .merging import Stored, stored_tensors
 from .model import MiniCPMV, left_out, weight_files
 from .quantizing import check_packed, is_quantized, packed_layers, quantized_layers, to_nf4
 from .prompts import Processor, conversation_spans, encode, picture_sizes
 from .samples import Picture, Turn
-from .tuning import html_table, memory, text_table, tune
+from .tuning import memory, tune
 
 # %% ../nbs/17_diagnosis.ipynb #e4675129
 AGAIN, PULL, POINTER = 'Download it again.', 'Run "git lfs pull" in the folder, or download the model again.', b'version https://git-lfs'

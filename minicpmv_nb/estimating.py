@@ -22,14 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
-from .config import Config, deepspeed_json, offloaded, zero_stage
+from .config import Config, deepspeed_json, html_table, offloaded, text_table, zero_stage
 from .families import look_up, read_config, resolve
 from .model import MiniCPMV, head_losses, place
 from .prompts import Encoded, Processor, encode, picture_sizes
 from .quantizing import quantized_layers
 from .samples import check
 from .training import fit_precision
-from .tuning import PACKED_BYTES, html_table, memory, parameter_groups, text_table, tune
+from .tuning import PACKED_BYTES, memory, parameter_groups, tune
 from .vision import Layout, frame_positions, patch_positions
 
 # %% ../nbs/16_estimating.ipynb #9e031fe5

@@ -77,7 +77,7 @@ def torchrun(
 )->list[str]: # Arguments
     "The torchrun command of a run."
     several = dict(nnodes=cfg.nnodes, node_rank=cfg.node_rank, master_addr=cfg.master_addr, master_port=cfg.master_port, rdzv_conf=f'timeout={join_timeout}')
-    place = [part for k, v in several.items() for part in (f'--{k}', str(v))] if cfg.master_port else ['--standalone'] # one machine, any free port
+    place = [part for k, v in several.items() for part in (f'--{k}', str(v))] if cfg.master_port else ['--standalone', '--local-addr', '127.0.0.1'] # one machine, any free port, whatever its name resolves to
     return [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', str(cfg.gpus), *place, '-m', 'minicpmv_nb.training', *to_flags(cfg)]
 
 def _extensions()->Path: # Where DeepSpeed compiles on first use: a folder for each environment and machine, whose paths are in what is compiled

@@ -4,18 +4,16 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'PARTS', 'PACKED_BYTES', 'saved_modules', 'target_pattern', 'lora_targets', 'tune', 'rates',
-           'parameter_groups', 'memory', 'text_table', 'html_table', 'PartTable', 'part_table', 'GradientWatch',
-           'add_adapter']
+           'parameter_groups', 'memory', 'PartTable', 'part_table', 'GradientWatch', 'add_adapter']
 
 # %% ../nbs/08_tuning.ipynb #ee74f23f
 import re
-from html import escape
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from .config import Config, offloaded, zero_stage
+from .config import Config, html_table, offloaded, text_table, zero_stage
 from .model import MiniCPMV
 from .vision import Resampler
 
@@ -131,23 +129,6 @@ def memory(
 
 def _size(p:nn.Parameter)->int: # Parameters, however they are kept: split over ranks by ZeRO-3, or in four bits
     return p.quant_state.shape.numel() if hasattr(p, 'quant_state') else getattr(p, 'ds_numel', p.numel())
-
-def text_table(
-    cells:list[tuple], # Rows of text, the head first
-    right:tuple=(), # Columns that are set to the right: numbers
-)->str: # Lines
-    "A table for a terminal."
-    wide = [max(map(len, column)) for column in zip(*cells)]
-    return '\n'.join('  '.join(f'{v:>{w}}' if i in right else f'{v:<{w}}' for i, (v, w) in enumerate(zip(c, wide))).rstrip() for c in cells)
-
-def html_table(
-    cells:list[tuple], # Rows of text, the head first
-    right:tuple=(), # Columns that are set to the right
-)->str: # HTML
-    "A table for a page."
-    style = lambda i: f' style="text-align:{"right" if i in right else "left"}"'*bool(right)
-    line = lambda values, tag: '<tr>' + ''.join(f'<{tag}{style(i)}>{escape(v)}</{tag}>' for i, v in enumerate(values)) + '</tr>'
-    return '<table>' + line(cells[0], 'th') + ''.join(line(c, 'td') for c in cells[1:]) + '</table>'
 
 class PartTable(list):
     "Rows of `part`, `trains`, `parameters`, `trainable`, and where the run is known `learning_rate` and GB on each GPU; shown as a table."

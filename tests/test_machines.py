@@ -116,6 +116,14 @@ def test_two_hosts(cfg, one, tmp_path):
     for i, run in enumerate(runs): assert f'export GLOO_SOCKET_IFNAME=veth{i}' in run.file('run.sh').read_text().splitlines()
 
 
+@pytest.mark.slow
+def test_a_machine_whose_name_is_unknown(cfg, one, tmp_path):
+    "torchrun would look it up for five minutes; needs root and util-linux."
+    call = f'from minicpmv_nb import launch, Config; launch(Config(**{asdict(cfg)!r}), output_dir={str(tmp_path/"run")!r}, gpus=2).wait(timeout=120)'
+    subprocess.run(['unshare', '--uts', 'sh', '-c', 'hostname nowhere.invalid && exec "$@"', 'sh', sys.executable, '-c', call], check=True)
+    assert_same(Run.attach(tmp_path/'run'), one)
+
+
 # --- what can be wrong before the start ------------------------------------------------------------------------------
 
 def test_settings_are_replaced_by_name(cfg, tmp_path):
