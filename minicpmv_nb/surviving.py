@@ -7,7 +7,7 @@ __all__ = ['checkpoints', 'newest_checkpoint', 'rotate', 'remove_folder', 'flush
            'steady']
 
 # %% ../nbs/10_surviving.ipynb #10a0eefc
-import json, os, shutil, signal, socket, threading, time
+import json, os, re, shutil, signal, socket, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def checkpoints(
     folder:str|Path, # A run folder
 )->list[Path]: # Complete ones, the oldest first
     "The checkpoints of a run, by step."
-    found = [p for p in Path(folder).glob('checkpoint-*') if p.name.split('-')[1].isdigit()]
+    found = [p for p in Path(folder).glob('checkpoint-*') if re.fullmatch(r'checkpoint-\d+', p.name)] # a copy under another name is the user's
     return sorted(found, key=lambda p: int(p.name.split('-')[1]))
 
 def newest_checkpoint(

@@ -8,7 +8,8 @@ __all__ = ['STATE_FILES', 'fit_precision', 'weight_dtype', 'training_arguments',
            'train', 'with_folder', 'record_failure', 'main']
 
 # %% ../nbs/11_training.ipynb #b79f9f86
-import atexit, filecmp, json, math, os, shutil, sys, threading, time
+import atexit, filecmp, json, math, os, shutil, socket, sys, threading, time
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -78,8 +79,15 @@ class RunLog(TrainerCallback):
         self.folder, self.trainer, self.seen, self.mark = Path(folder), None, [0, 0], time.time()
         self.start, self.rates = (self.mark, 0), []
 
-    def count(self, tokens:int, samples:int): # What this rank has processed since the last line
+    def count(self, tokens:int, samples:int): # What this rank has processed since the last line, padding included
         self.seen = [self.seen[0]+tokens, self.seen[1]+samples]
+
+    @contextmanager
+    def aside(self):
+        "What is neither forward nor backward, evaluating and saving, does not count against the throughput."
+        began = time.time()
+        yield
+        self.mark += time.time()-began
 
     def status(self, state:str, **also):
         "Replace status.json. What another rank found to have failed stays so, also where this one was only asleep."
@@ -165,7 +173,7 @@ def _prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None
 def _evaluation_loop(self, *args, **kwargs):
     "The mean over all taught tokens of the file, whatever the batch size and the number of ranks."
     self.eval_sums = torch.zeros(2, device=self.args.device)
-    result = super(FineTuner, self).evaluation_loop(*args, **kwargs)
+    with self.run_log.aside(): result = super(FineTuner, self).evaluation_loop(*args, **kwargs)
     total, count = self.eval_sums.tolist()
     result.metrics['eval_loss'] = total/count
     return result
@@ -189,7 +197,7 @@ def _save_checkpoint(self, model, trial):
     "Write a checkpoint aside and rename it into place."
     out, name = Path(self.args.output_dir), f'checkpoint-{self.state.global_step}'
     self.staging = out/'.saving'
-    with writing(name, out):
+    with writing(name, out), self.run_log.aside():
         if self.args.should_save and self.staging.exists(): shutil.rmtree(self.staging)
         self.accelerator.wait_for_everyone()
         super(FineTuner, self)._save_checkpoint(model, trial)
@@ -277,8 +285,11 @@ def _copy_best(best:Path, aside:Path)->None: # The weights of a checkpoint, with
     if wrong: raise OSError(f'{aside} does not hold what was written: {", ".join(wrong)}. Check the disk.')
 
 def _best(trainer:FineTuner)->Path|None: # The checkpoint `final` shall be; None: what is trained now
+    if not trainer.keep_best: return None
     best = Path(trainer.args.output_dir)/f'checkpoint-{trainer.state.best_global_step}'
-    if not trainer.keep_best or best.is_dir(): return best if trainer.keep_best else None
+    found = torch.tensor(float(best.is_dir()), device=trainer.args.device) # by machine 0, whose disk the others need not share
+    if dist.is_initialized(): dist.all_reduce(found, dist.ReduceOp.MAX)
+    if found.item(): return best
     say(f'No evaluation took place: {trainer.args.output_dir}/final holds the last weights.')
 
 def save_final(
@@ -409,7 +420,7 @@ def refuse_foreign(
 def _claim(folder:str)->None: # Say in status.json which process a watcher has to look at: torchrun, or this one
     import psutil
     pid = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else os.getpid()
-    with writing('status.json', folder): write_status(folder, 'starting', pid=pid, created=psutil.Process(pid).create_time(), error=None)
+    with writing('status.json', folder): write_status(folder, 'starting', host=socket.gethostname(), pid=pid, created=psutil.Process(pid).create_time(), error=None)
 
 def train(
     cfg:Config, # What to do; `output_dir` is the run folder
@@ -417,8 +428,20 @@ def train(
     pulse:Pulse|None=None, # The same for a rank that hangs
     callbacks:tuple=(), # Of transformers' Trainer, or classes of them, which are made when everything is loaded
 )->Path|None: # `final` in the run folder; None when stopped before the end
-    "Train in this process, as one rank of a job or alone."
+    "Train in this process, as one rank of a job or alone. Raises `FileExistsError` for a folder with files of something else, or with another run unless it is resumed; what fails later is in status.json as well."
     cfg = with_folder(cfg)
+    refuse_foreign(cfg.output_dir)
+    _refuse_second(cfg)
+    try: return _train(cfg, stop, pulse, callbacks)
+    except (Exception, KeyboardInterrupt) as error:
+        record_failure(cfg.output_dir, error)
+        raise
+
+def _refuse_second(cfg:Config)->None: # Two runs in a folder would share checkpoints, and `config.json` would be that of the first
+    if not cfg.resume_from_checkpoint and (newest_checkpoint(cfg.output_dir) or (Path(cfg.output_dir)/'final').exists()):
+        raise FileExistsError(f'{cfg.output_dir} holds a run already. Use another output_dir, or go on with it: resume_from_checkpoint="auto".')
+
+def _train(cfg:Config, stop:Stop|None, pulse:Pulse|None, callbacks:tuple)->Path|None:
     trainer = _start(cfg, [guard for guard in (stop, pulse) if guard] + list(callbacks))
     start = newest_checkpoint(cfg.output_dir) if cfg.resume_from_checkpoint == 'auto' else cfg.resume_from_checkpoint
     if start: say(f'resuming from {start}')
@@ -434,7 +457,6 @@ def train(
 
 def _start(cfg:Config, callbacks:list)->FineTuner: # Ready to train, its folder claimed
     from transformers.trainer_callback import PrinterCallback
-    refuse_foreign(cfg.output_dir)
     Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
     trainer = make_trainer(cfg)
     trainer.remove_callback(PrinterCallback)
@@ -448,7 +470,7 @@ def with_folder(
     cfg:Config, # A configuration
 )->Config: # With an absolute `output_dir`
     "Decide where a run goes."
-    return replace(cfg, output_dir=str(Path(cfg.output_dir or f'runs/{"lora" if cfg.use_lora else "full"}-{time.strftime("%Y%m%d-%H%M%S")}').absolute()))
+    return replace(cfg, output_dir=str(Path(cfg.output_dir or f'runs/{"lora" if cfg.use_lora else "full"}-{time.strftime("%Y%m%d-%H%M%S")}').expanduser().absolute()))
 
 # %% ../nbs/11_training.ipynb #3cc3fb5e
 def record_failure(
@@ -487,9 +509,6 @@ def main(
     cfg = with_folder(from_flags(argv))
     guards = dict(stop=Stop(cfg.output_dir).listen(), pulse=Pulse(cfg.output_dir, cfg.hang_timeout)) if own else {}
     try: train(cfg, **guards, callbacks=callbacks)
-    except (Exception, KeyboardInterrupt) as error:
-        record_failure(cfg.output_dir, error)
-        raise
     finally:
         if dist.is_initialized(): dist.destroy_process_group()
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from minicpmv_nb import jobs
 from minicpmv_nb.batches import load_data
-from minicpmv_nb.config import lora
+from minicpmv_nb.config import lora, save_config
 from minicpmv_nb.jobs import Run, RunFailed, launch
 from minicpmv_nb.prompts import Processor
 from minicpmv_nb.surviving import newest_checkpoint
@@ -214,3 +215,38 @@ def test_locks_of_ended_processes_are_removed(tmp_path):
     with open(tmp_path/'alive'/'lock'): assert clear_locks(tmp_path) == [tmp_path/'dead'/'lock']
     assert (tmp_path/'alive'/'lock').exists() and not (tmp_path/'dead'/'lock').exists()
     assert clear_locks(tmp_path/'none') == []
+
+
+# --- runs of other machines ------------------------------------------------------------------------------------------
+
+def elsewhere(folder, heard:float, **also)->Run: # A run that another machine says it is doing, heard so many seconds ago
+    (folder/'ranks').mkdir(parents=True)
+    save_config(lora('model', 'train.json'), folder/'config.json')
+    (folder/'status.json').write_text(json.dumps(dict(state='running', step=3, steps=9, pid=4_000_000, created=1.0, host='node17', heartbeat=time.time()-heard) | also))
+    (folder/'ranks'/'rank-0.json').write_text(json.dumps(dict(rank=0, host='node17', time=time.time()-heard)))
+    return Run.attach(folder)
+
+def test_a_run_of_another_machine_is_running_while_it_is_heard(tmp_path):
+    run = elsewhere(tmp_path/'a', 5)
+    assert run.status()['state'] == 'running'
+    with pytest.raises(ValueError, match='runs on node17: stop it there'): run.stop()
+    with pytest.raises(ValueError, match='is running on node17. If that machine is gone, wait: after 10 minutes'): run.resume()
+    assert elsewhere(tmp_path/'b', 700).status()['state'] == 'failed'
+    assert elsewhere(tmp_path/'c', 5, host=socket.gethostname()).status()['state'] == 'failed' # here, and its process is gone
+
+def test_a_slurm_job_that_was_killed_has_failed(tmp_path):
+    assert elsewhere(tmp_path/'a', 5, slurm=True).status()['state'] == 'running'
+    assert elsewhere(tmp_path/'b', 700, slurm=True).status()['state'] == 'failed'
+
+def test_stop_does_not_end_the_process_that_asks(tmp_path):
+    run = elsewhere(tmp_path/'a', 5, host=socket.gethostname(), pid=os.getpid(), created=psutil.Process().create_time())
+    with pytest.raises(ValueError, match='trains in this very process'): run.stop()
+
+def test_what_is_missing_is_said_before_the_model_is_fetched(tiny, drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, 'resolve', lambda *_: pytest.fail('the model was looked up'))
+    how = dict(use_cpu=True, output_dir=str(tmp_path/'run'))
+    with pytest.raises(FileNotFoundError, match='data_path is nowhere.json'): launch(lora(str(tiny), 'nowhere.json', **how))
+    with pytest.raises(FileNotFoundError, match='resume_from_checkpoint is nowhere, which is no checkpoint'): launch(lora(str(tiny), str(drawn), resume_from_checkpoint='nowhere', **how))
+    with pytest.raises(ValueError, match='8 GPUs are asked for and this machine has 0. Launch it where they are'): launch(lora(str(tiny), str(drawn), output_dir=how['output_dir']), gpus=8)
+    with pytest.raises(ValueError, match='gpus'): launch(lora(str(tiny), str(drawn), **how), gpus=0)
+    assert not (tmp_path/'run').exists()

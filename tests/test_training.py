@@ -1,15 +1,17 @@
 "What a run promises: it stops at nonsense, evaluates the same on any machine, resumes as if nothing had happened, and saves what the official code reads."
-import json, math, shutil
+import json, math, shutil, time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
 
 from support import GOLDENS, TESTS, draw_data, flags, run_ranks
 from minicpmv_nb import training
 from minicpmv_nb.batches import SampleDataset, collate, load_data
-from minicpmv_nb.config import Config, load_config
+from minicpmv_nb.config import Config, load_config, read_status
 from minicpmv_nb.model import load
 from minicpmv_nb.prompts import Processor
 from minicpmv_nb.surviving import newest_checkpoint
@@ -399,3 +401,28 @@ def test_a_run_inside_the_model_folder_is_not_copied_into_itself(tiny, tmp_path)
     out = base/'out'/'final'
     write_checkpoint(load(base).state_dict(), base, out)
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in tiny.iterdir())
+
+
+# --- one folder, one run ---------------------------------------------------------------------------------------------
+
+def test_a_used_folder_is_not_trained_in_again(cfg):
+    train(cfg)
+    before = {p: p.read_bytes() for p in Path(cfg.output_dir).rglob('*') if p.is_file()}
+    with pytest.raises(FileExistsError, match='holds a run already. Use another output_dir, or go on with it'): train(replace(cfg, learning_rate=1e-5))
+    assert before == {p: p.read_bytes() for p in before} # nor is anything said of it
+    (Path(cfg.output_dir)/'checkpoint-4').rename(Path(cfg.output_dir)/'checkpoint-4-good')
+    assert newest_checkpoint(cfg.output_dir).name == 'checkpoint-2' # a copy is the user's
+
+def test_a_failure_in_this_process_is_in_the_status(cfg):
+    class Breaks(TrainerCallback):
+        def on_step_end(self, *args, **kw): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): train(cfg, callbacks=(Breaks,))
+    said = read_status(cfg.output_dir)
+    assert said['state'] == 'failed' and 'KeyboardInterrupt' in said['error']
+
+def test_evaluating_and_saving_do_not_count_against_the_throughput(cfg, eval_file):
+    class Slow(TrainerCallback): # the clock of the log stands while the work beside training lasts
+        def on_prediction_step(self, *args, **kw): time.sleep(.15)
+    train(replace(cfg, max_steps=3, do_eval=True, eval_data_path=str(eval_file), eval_steps=1, save_steps=3), callbacks=(Slow,))
+    speeds = [m['samples_per_second'] for m in read_metrics(cfg.output_dir) if 'loss' in m]
+    assert min(speeds[1:]) > speeds[0]/3, speeds
