@@ -12,6 +12,7 @@ import json, os, re, time
 from base64 import b64encode
 from bisect import bisect_left, bisect_right
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -20,9 +21,10 @@ from itertools import islice
 from pathlib import Path
 
 import ipywidgets as W
+from PIL import Image
 
 from .batches import load_data, open_all
-from .families import FAMILIES
+from .families import FAMILIES, resolve
 from .panels import TONES, Panel, button
 from .prompts import Encoded, Processor, encode, token_costs, tokens_html
 from .samples import DataError, Picture, Problem, Report, Sample, check, read_entries
@@ -34,8 +36,8 @@ PICTURES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff')
 def files_below(
     folder:Path, # Where to look
     depth:int, # Folders below it
-    most:int=20_000, # Files
-): # Yields paths in the order of their names
+    most:int|None=20_000, # Files; None: all
+)->Iterator[Path]: # In the order of their names
     "Files that are neither hidden nor of a package."
     def walk():
         for at, folders, files in os.walk(folder):
@@ -101,7 +103,7 @@ def problem_table(
 
 # %% ../nbs/20_data_panel.ipynb #0b2da8aa
 def jpeg(
-    im, # A PIL image
+    im:Image.Image, # A picture
     quality:int=90, # 1 to 95
 )->bytes: # A file
     "Write a picture for the page."
@@ -110,7 +112,7 @@ def jpeg(
     return file.getvalue()
 
 def figure(
-    im, # A PIL image
+    im:Image.Image, # A picture
     caption:str, # Below it
     width:int, # Pixels on the page
 )->str: # HTML
@@ -121,7 +123,7 @@ def figure(
 _ROW = '<div style="display:flex;flex-wrap:wrap;gap:18px;align-items:flex-start;margin:6px 0">'
 
 def whole_html(
-    im, # A PIL image, as stored
+    im:Image.Image, # As stored
     picture:Picture, # Whose it is
     number:int, # Of the picture in its sample, from 1
     shape:SlicePlan|None=None, # How it is cut; None: not known
@@ -133,7 +135,7 @@ def whole_html(
     return figure(shown, f'picture {number}: {Path(picture.path).name}, {picture.width} x {picture.height} pixels{cuts}', shown.width)
 
 def pieces_html(
-    im, # A PIL image, as stored
+    im:Image.Image, # As stored
     shape:SlicePlan, # How it is cut
     vectors:int, # Per piece
     number:int, # Of the picture in its sample, from 1
@@ -171,7 +173,7 @@ def _seen(sample:Sample, encoded:Encoded|None, vectors:int)->tuple[str,str]: # T
     whole = ''.join(whole_html(im, p, i, shape) for i, (im, p, shape) in enumerate(zip(opened, sample.pictures, plans), 1))
     return whole, ''.join(pieces_html(im, shape, vectors, i) for i, (im, shape) in enumerate(zip(opened, plans), 1) if shape)
 
-NO_MODEL = 'With a checkpoint folder in the form above, its slices and tokens are shown too.'
+NO_MODEL = 'With a checkpoint in the form above, its slices and tokens are shown too.'
 
 def sample_html(
     sample:Sample, # A good entry
@@ -228,18 +230,17 @@ class Checked:
 
 def check_file(
     path:str, # A data file
-    model:str='', # A checkpoint folder; empty: none
+    model:str='', # A checkpoint folder or hub id; empty: none
     max_slices:int=9, # `max_slice_nums`
     max_length:int=2048, # `model_max_length`
     extra_image_tags:str='report', # As in `Config`
     decode:bool=False, # `check_pixels` of `Config`
-    watch=None, # As of `samples.counted`
+    watch:Callable|None=None, # As of `samples.counted`
 )->Checked:
-    "Check a file, against a checkpoint where there is one. Raises as `read_entries` and `Processor.from_folder`."
-    path, folder = Path(path).expanduser(), Path(model).expanduser()
+    "Check a file, against a checkpoint where there is one. Raises as `read_entries`, `resolve` and `Processor.from_folder`."
+    path = Path(path).expanduser()
     raw = read_entries(path)
-    if model and not folder.is_dir(): raise FileNotFoundError(f'There is no checkpoint folder {model}. Only config.json and tokenizer.json of one are needed here; leave the field empty to see pictures and words.')
-    processor = Processor.from_folder(folder, max_slices) if model else None
+    processor = Processor.from_folder(resolve(model)[0], max_slices) if model else None
     try: samples, report = load_data(path, processor, max_length, 'skip', extra_image_tags, decode, watch) if model else check(path, extra_image_tags, decode, watch)
     except DataError as e: samples, report = [], e.report # none is good
     return Checked(report, {s.entry: s for s in samples}, raw, processor)
@@ -264,9 +265,9 @@ def counts_html(
 
 # %% ../nbs/20_data_panel.ipynb #f82bba83
 def seldom(
-    say, # A function of one text
+    say:Callable, # A function of one text
     every:float=.5, # Seconds
-): # What to give as `watch` to `samples.counted`
+)->Callable: # What to give as `watch` to `samples.counted`
     "Say how far it is, from time to time."
     said = time.monotonic()
     def watch(what, done, count):
@@ -280,7 +281,7 @@ WIDE = dict(description_width='initial')
 class _DataForm(Panel): # The widgets of a DataPanel
     def __init__(self,
         path:str='', # A data file in the guide's format
-        model:str='', # A checkpoint folder; empty: no slices and tokens
+        model:str='', # A checkpoint folder or hub id; empty: no slices and tokens
         max_slice_nums:int=9, # The guide's flag
         model_max_length:int=2048, # The guide's flag
     ):
@@ -294,7 +295,7 @@ class _DataForm(Panel): # The widgets of a DataPanel
     def _form(self, path:str, model:str, slices:int, length:int)->list: # What to check
         wide = W.Layout(width='49%')
         self.path = W.Combobox(value=path, options=find_data(), description='data file', placeholder='type a path, or choose one', tooltip="A JSON file in the guide's format. The list shows those below this folder.", layout=wide, style=WIDE)
-        self.model = W.Combobox(value=model, options=find_checkpoints(), description='checkpoint', placeholder='a folder; may stay empty', tooltip='A checkpoint folder: config.json and tokenizer.json are enough. It decides how pictures are cut and what the tokens are.', layout=wide, style=WIDE)
+        self.model = W.Combobox(value=model, options=find_checkpoints(), description='checkpoint', placeholder='a folder or hub id; may stay empty', tooltip='A checkpoint: a folder, of which config.json and tokenizer.json are enough, or a hub id, whose files are downloaded unless they are on this machine. It decides how pictures are cut and what the tokens are.', layout=wide, style=WIDE)
         self.slices = W.BoundedIntText(value=slices, min=1, max=1000, description='max_slice_nums', tooltip='Slices per picture at most. Fewer cost fewer tokens and show less detail.', layout=W.Layout(width='165px'), style=WIDE)
         self.length = W.BoundedIntText(value=length, min=1, max=10_000_000, description='model_max_length', tooltip='Tokens per sample at most. A longer sample is a problem; nothing is cut.', layout=W.Layout(width='210px'), style=WIDE)
         self.tags = W.Dropdown(options=[('are a problem', 'report'), ('are text', 'literal')], description='other <image> tags', tooltip='What a tag in a text means that names no picture of its entry: extra_image_tags.', layout=W.Layout(width='265px'), style=WIDE)
@@ -328,12 +329,13 @@ class DataPanel(_DataForm):
     def check(self):
         "Check the file and show it from its first entry. Raises `ValueError` without a file, and as `check_file`."
         if not self.path.value.strip(): raise ValueError('Choose a data file first, or write one in the tab of pictures.')
-        if Path(self.path.value).is_dir(): raise ValueError(f'{self.path.value} is a folder: choose a data file in it.')
+        if Path(self.path.value).expanduser().is_dir(): raise ValueError(f'{self.path.value} is a folder: choose a data file in it.')
         self.checked, self.order = None, []
         self.tabs.layout.display, self.summary.value, self.view.value = 'none', '', ''
-        self.say('checking', 'busy')
+        model = self.model.value.strip()
+        self.say('checking' if not model or Path(model).expanduser().is_dir() else f'checking; what is not on this machine of {model} is downloaded first', 'busy')
         self.settings = self.form()
-        self.checked = check_file(self.path.value, self.model.value, self.slices.value, self.length.value, self.tags.value, self.pixels.value, seldom(lambda text: self.say(text, 'busy')))
+        self.checked = check_file(self.path.value, model, self.slices.value, self.length.value, self.tags.value, self.pixels.value, seldom(lambda text: self.say(text, 'busy')))
         report = self.checked.report
         self.summary.value = counts_html(counts(self.checked))
         kinds = Counter(kind_of(p.reason) for p in report.problems)
