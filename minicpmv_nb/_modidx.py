@@ -37,6 +37,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                 'minicpmv_nb/annotate_panel.py'),
                                             'minicpmv_nb.annotate_panel.AnnotatePanel.go_to': ( 'annotate_panel.html#annotatepanel.go_to',
                                                                                                 'minicpmv_nb/annotate_panel.py'),
+                                            'minicpmv_nb.annotate_panel.AnnotatePanel.half_typed': ( 'annotate_panel.html#annotatepanel.half_typed',
+                                                                                                     'minicpmv_nb/annotate_panel.py'),
                                             'minicpmv_nb.annotate_panel.AnnotatePanel.hold_out': ( 'annotate_panel.html#annotatepanel.hold_out',
                                                                                                    'minicpmv_nb/annotate_panel.py'),
                                             'minicpmv_nb.annotate_panel.AnnotatePanel.keep': ( 'annotate_panel.html#annotatepanel.keep',
