@@ -242,11 +242,12 @@ class MemoryPanel(Panel):
     def _estimate(self, cfg:Config, gpus:int)->Estimate|None: # Without downloading anything
         model, folder = look_up(cfg.model_name_or_path, cfg.revision)
         if model is None: return self.say(f'{cfg.model_name_or_path} is not on this machine: its memory can be estimated once it is.')
+        cfg = replace(cfg, data_path=os.path.expanduser(cfg.data_path))
         return estimate(cfg, gpus, self._heaviest(cfg, folder) if folder else None)
 
     def _heaviest(self, cfg:Config, folder:Path)->Work: # Reading a large data file takes long, and most changes do not concern it
         key = (folder, stamp(cfg.data_path), *(getattr(cfg, name) for name in OF_THE_BATCH))
-        if key != self.known[0]: self.known = key, heaviest(replace(cfg, data_path=os.path.expanduser(cfg.data_path)), folder)
+        if key != self.known[0]: self.known = key, heaviest(cfg, folder)
         return self.known[1]
 
     def values(self)->dict: # What is shown

@@ -95,11 +95,9 @@ def test_a_checkpoint_to_go_on_from_must_be_there(tmp_path):
 
 def test_the_memory_of_data_in_the_home(tiny, drawn, monkeypatch):
     monkeypatch.setenv('HOME', str(drawn.parent))
-    panel, totals = MemoryPanel(Machine()), []
-    for path in (drawn, f'~/{drawn.name}'):
-        panel.reckon(lora(str(tiny), str(path), **SMALL), 1)
-        totals.append(panel.values()['total'])
-    assert totals[0] == totals[1] is not None
+    panel = MemoryPanel(Machine())
+    panel.reckon(lora(str(tiny), f'~/{drawn.name}', **SMALL), 1)
+    assert 'the heaviest of the 24 samples' in panel.estimate.work.source
 
 def test_an_optimiser_is_not_a_setting():
     said = obstacles(lora('', '', optim='lr', lr_scheduler_type='steps'), None, None)
