@@ -292,7 +292,7 @@ class AnnotatePanel(_AlbumForm):
     "Make a data file out of a folder of pictures, by typing questions and answers."
     def open(self):
         "Open the folder, where one stopped. Raises `ValueError` while something is typed that cannot be written yet."
-        if self.half_typed(): raise ValueError(f'Not opened, since that would lose what is typed. {self.half_typed()} Complete it, or empty the fields.')
+        if lack := self.half_typed(): raise ValueError(f'Not opened, since that would lose what is typed. {lack} Complete it, or empty the fields.')
         self.album = None
         self.work.layout.display = 'none'
         if not self.folder.value.strip(): raise ValueError('Type a folder of pictures, or choose one.')
