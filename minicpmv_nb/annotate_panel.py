@@ -16,7 +16,7 @@ from pathlib import Path
 import ipywidgets as W
 
 from .config import write_json
-from .data_panel import PICTURES, WIDE, figure, files_below, find_albums, jpeg, plain
+from .data_panel import MOST_FILES, PICTURES, WIDE, figure, files_below, find_albums, jpeg, plain
 from .panels import TONES, Panel, button, stamp
 from .samples import TAG, check, examine_picture, open_picture, read_entries
 
@@ -115,9 +115,11 @@ class Album:
         found = [f.relative_to(self.folder).as_posix() for f in files_below(self.folder, 20) if f.suffix.lower() in PICTURES]
         return sorted(set(found) | self.done())
 
-    def passed_over(self)->str: # A sentence about pictures of other kinds; empty where there is none
-        others = [f.name for f in files_below(self.folder, 20) if f.suffix.lower() in OTHER_PICTURES]
-        return f' Not shown, since such files cannot be read: {", ".join(others[:3])}{f" and {len(others)-3} more" if len(others) > 3 else ""}. Save them as JPG or PNG.' if others else ''
+    def passed_over(self)->str: # Sentences about files that are not looked at, and pictures of other kinds; empty where there is none
+        files = list(files_below(self.folder, 20, MOST_FILES+1))
+        others = [f.name for f in files[:MOST_FILES] if f.suffix.lower() in OTHER_PICTURES]
+        many = f' Only the first {MOST_FILES:,} files of the folder are looked at: put the other pictures into a folder of their own.' if len(files) > MOST_FILES else ''
+        return many + (f' Not shown, since such files cannot be read: {", ".join(others[:3])}{f" and {len(others)-3} more" if len(others) > 3 else ""}. Save them as JPG or PNG.' if others else '')
 
     def done(self)->set[str]: return {image_of(e, self.folder) for e in self.entries} - {None} # Pictures with an entry
 
@@ -182,8 +184,11 @@ def _note(self, **what)->None: # `skipped`, `at`, `share`
 
 def _hold_out(self, share:float)->None: # 0 to 1
     "Hold out another share, and move entries accordingly."
-    self.note(share=share)
-    if self.entries: self.save()
+    before, self.notes['share'] = self.share, share
+    try:
+        if self.entries: self.save()
+    except (OSError, ValueError): self.notes['share'] = before; raise
+    self.note(share=share) # once it is so
 
 Album.save, Album.test, Album.write, Album.change, Album.remove, Album.note, Album.hold_out = _save, _test, _write, _change, _remove, _note, _hold_out
 
@@ -286,7 +291,8 @@ class _AlbumForm(Panel): # The widgets of an AnnotatePanel
 class AnnotatePanel(_AlbumForm):
     "Make a data file out of a folder of pictures, by typing questions and answers."
     def open(self):
-        "Open the folder, where one stopped."
+        "Open the folder, where one stopped. Raises `ValueError` while something is typed that cannot be written yet."
+        if lack := self.half_typed(): raise ValueError(f'Not opened, since that would lose what is typed. {lack} Complete it, or empty the fields.')
         self.album = None
         self.work.layout.display = 'none'
         if not self.folder.value.strip(): raise ValueError('Type a folder of pictures, or choose one.')
@@ -348,6 +354,12 @@ class AnnotatePanel(_AlbumForm):
     def typed_rounds(self, rows:list)->list[tuple[str,str]]: # What is in the fields, without rounds that are suggestions only
         pairs = [(q.value.strip(), a.value.strip()) for q, a in rows]
         return [(q, a) for q, a in pairs if a or q and q not in self.suggestion]
+
+    def half_typed(self)->str: # A sentence; empty: nothing would be lost
+        "What the fields lack before they can be written, where something is typed."
+        lack = lambda: self.album is not None and (rounds := self.typed_rounds(self.rows)) and missing(rounds) or ''
+        if lack(): time.sleep(.3) # what was typed may come after the click
+        return lack()
 
     def typed(self, picture:str, rows:list): # Whose fields they are; pairs of question and answer
         "Write the entry if it is complete."
@@ -416,28 +428,31 @@ class AnnotatePanel(_AlbumForm):
         "Take the picture's entry out of the file."
         if self.album.of(self.picture) is None: raise ValueError('This picture has no entry.')
         self.album.remove(self.picture)
-        if not self.album.pictures(): return self.open() # which says so
+        if not self.album.pictures(): self.rows = []; return self.open() # which says so
         self.draw(self.picture if (self.album.folder/self.picture).is_file() else self.neighbour(0))
         self.tell()
 
     def hold_out(self):
         "Hold out another share of the entries."
         if self.album is None or self.share.value == self.album.share: return
-        self.album.hold_out(self.share.value)
+        try: self.album.hold_out(self.share.value)
+        except (OSError, ValueError): self.share.value = self.album.share; raise
         self.tell()
 
-    def add(self, files): # As `FileUpload.value` has them
-        "Save uploaded pictures into the folder, and open it."
+    def add(self, files:tuple[dict,...]): # As `FileUpload.value` has them
+        "Save uploaded pictures into the folder, and open it; while something is typed that cannot be written yet, they only join the list."
         if not self.folder.value.strip(): raise ValueError('Type the name of a folder first: the pictures are saved there.')
         try:
             for f in files: add_picture(self.folder.value, f['name'], bytes(f['content']))
         finally: self.upload.value = ()
-        self.open()
+        if Path(self.folder.value).expanduser() != (self.album and self.album.folder) or not (lack := self.half_typed()): return self.open()
+        self.mark()
+        self.say(f'The pictures were added. The entry is not written yet. {lack}', 'note')
 
     def values(self)->dict: # Plain data
         "Where it is, and how far."
         album = self.album
         if album is None: return dict(folder=self.folder.value, file=None, eval_file=None, entries=0, held_out=0, pictures=0, done=0, skipped=[], picture=None, rounds=[], share=self.share.value, message=self.said)
         held = sum(map(album.held_out, album.entries))
-        return dict(folder=str(album.folder), file=str(album.files['train']), eval_file=str(album.files['eval']) if held else None, entries=len(album.entries), held_out=held,
+        return dict(folder=str(album.folder), file=str(album.files['train']), eval_file=str(album.files['eval']) if held and album.files['eval'].is_file() else None, entries=len(album.entries), held_out=held,
             pictures=len(album.pictures()), done=len(album.done()), skipped=album.notes['skipped'], picture=self.picture, rounds=self.typed_rounds(self.rows), share=album.share, message=self.said)

@@ -217,7 +217,8 @@ def _put(self, values:dict)->None: # Show values, judging nothing yet
 
 def _rebase(self)->None: # Rows that were not changed by hand follow the base
     before, self.base = self.base, _base(self)
-    untouched = [row for row in self.each if row.read() == {name: before[name] for name in row.names}]
+    has = lambda row, values: row.read() == {name: values[name] for name in row.names}
+    untouched = [row for row in self.each if has(row, before) and not has(row, self.base)] # a text that reads as the base already stays as it is: somebody may be typing it
     _put(self, {name: self.base[name] for row in untouched for name in row.names})
 
 def _faults(self, values:dict)->tuple[list[str],set]: # All of them; and the fields whose text is no value, in place of which the others are judged with the base's

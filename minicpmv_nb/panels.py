@@ -7,6 +7,7 @@ __all__ = ['TONES', 'Panel', 'Later', 'stamp', 'details', 'button', 'Given']
 
 # %% ../nbs/19_panels.ipynb #9482da5c
 import atexit, logging, threading, time, traceback
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from stat import S_ISREG
@@ -34,7 +35,7 @@ class Panel:
         self.said = text
         self.message.value = f'<span role="status" style="color:{TONES[tone]};white-space:pre-wrap;line-height:1.4">{escape(text)}</span>' if text else ''
 
-    def attempt(self, work, *args): # A function and its arguments -> what it returns, or None
+    def attempt(self, work:Callable, *args): # A function and its arguments -> what it returns, or None
         "Call a function; what it raises becomes the line. The sentence is for the reader, the traceback for `panel.traceback` and the log."
         try: return work(*args)
         except Exception as e: # whatever it is, it is shown
@@ -42,11 +43,11 @@ class Panel:
             logging.getLogger(__name__).debug(self.traceback)
             self.say(str(e) or type(e).__name__, 'wrong')
 
-    def turn(self, work, *args): # A function and its arguments
+    def turn(self, work:Callable, *args): # A function and its arguments
         "The same when no other `turn` is at work: JupyterLab hands what comes from the browser to two threads of the kernel."
         with self.lock: return self.attempt(work, *args)
 
-    def start(self, work, *buttons:W.Button)->None: # A function without arguments; buttons that rest meanwhile
+    def start(self, work:Callable, *buttons:W.Button)->None: # A function without arguments; buttons that rest meanwhile
         "Do work in a thread, one at a time."
         if self.working: return self.say('Still working: wait for the end of what was started.', 'busy')
         def run():
@@ -75,7 +76,7 @@ _AT_WORK = WeakSet() # All that may have a thread
 
 class Later:
     "Work in a thread, some time after it was last asked for. Only the newest request is served."
-    def __init__(self, work, delay:float=0.7): # A function, whose errors go to the log; seconds without a new request
+    def __init__(self, work:Callable, delay:float=0.7): # A function, whose errors go to the log; seconds without a new request
         self.work, self.delay, self.asked, self.due, self.thread, self.changed = work, delay, None, 0.0, None, threading.Condition()
         _AT_WORK.add(self)
 
@@ -151,8 +152,8 @@ class Given(dict):
     "What was filled in, by field."
     def may(self,
         field:str, # Its name
-        now, # What it holds
-        new, # What belongs into it
+        now:object, # What it holds
+        new:object, # What belongs into it
     )->bool: # Whether to put it there; then it is remembered
         "Ask before filling in a field."
         if new == now or now not in (None, '') and now != self.get(field): return False

@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'BY_HEART', 'ROOM', 'OF_THE_BATCH', 'OF_THE_MEMORY', 'meth
            'batch_line', 'obstacles', 'preview', 'again', 'read_settings', 'plot_estimate', 'verdict', 'MemoryPanel']
 
 # %% ../nbs/22_planning.ipynb #7d1d138f
-import json, math, re
+import json, math, os, re
 from contextlib import redirect_stdout
 from dataclasses import replace
 from html import escape
@@ -94,6 +94,10 @@ def _file(path:str, what:str)->None: # Raises unless it is there
     if not path: raise ValueError(f'Give {what} in the format of the guide.')
     if not Path(path).expanduser().is_file(): raise ValueError(f'There is no file {path}.')
 
+def _resumable(cfg:Config)->None: # Raises unless the checkpoint to go on from is there
+    start = cfg.resume_from_checkpoint
+    if start and start != 'auto' and not Path(start).expanduser().is_dir(): raise ValueError(f'resume_from_checkpoint is {start!r}: there is no such folder. Give a checkpoint folder of a run, or auto for the newest of the run folder.')
+
 def _compiled(cfg:Config)->None: # Raises for a broken expression
     try: re.compile(target_pattern(cfg.lora_target_modules))
     except re.error as e: raise ValueError(f'lora_target_modules is no regular expression: {e}.') from e
@@ -105,7 +109,7 @@ def _known(field:str, cfg:Config, names)->None: # Raises unless the value is one
 def _checks(cfg:Config, model:dict|None, folder:Path|None)->list[tuple]: # (field, what raises when it is wrong)
     return [('model_name_or_path', lambda: model and find_family(model, f'{cfg.model_name_or_path}/config.json')), ('llm_type', lambda: model and check_llm_type(find_family(model), cfg.llm_type)),
         ('data_path', lambda: _file(cfg.data_path, 'a training file')), ('eval_data_path', lambda: cfg.do_eval and _file(cfg.eval_data_path, 'an evaluation file')),
-        ('lora_target_modules', lambda: cfg.use_lora and _compiled(cfg)), ('lr_scheduler_type', lambda: _known('lr_scheduler_type', cfg, SchedulerType)), ('optim', lambda: _known('optim', cfg, OptimizerNames)),
+        ('resume_from_checkpoint', lambda: _resumable(cfg)), ('lora_target_modules', lambda: cfg.use_lora and _compiled(cfg)), ('lr_scheduler_type', lambda: _known('lr_scheduler_type', cfg, SchedulerType)), ('optim', lambda: _known('optim', cfg, OptimizerNames)),
         ('deepspeed', lambda: cfg.deepspeed and deepspeed_json(cfg)), ('q_lora', lambda: folder and refuse_four_bit(cfg, folder))]
 
 def obstacles(
@@ -144,14 +148,23 @@ def again(
 
 def _is_config(content)->bool: return isinstance(content, dict) and {'model_name_or_path', 'data_path'} <= content.keys()
 
+def _readable(file:Path)->None: # Raises `ValueError` for what is no text, and for JSON that is no configuration
+    try: text = file.read_text(encoding='utf-8')
+    except UnicodeDecodeError as e: raise ValueError(f'{file} is no text in UTF-8 (byte {e.start}). Save it as UTF-8, or give another file.') from e
+    if file.suffix != '.json': return
+    try: content = json.loads(text)
+    except json.JSONDecodeError as e: raise ValueError(f'{file} is not valid JSON (line {e.lineno}: {e.msg}). Correct it, or give another file.') from e
+    if not _is_config(content): raise ValueError(f'{file} is no config.json of a run: it has no model_name_or_path or no data_path.')
+
 def read_settings(
     path:str|Path, # A script like the guide's, a run's `config.json`, or a run folder
 )->tuple[Config,list[str]]: # The configuration, and what was said while reading
-    "Take up a configuration. Raises `FileNotFoundError`, and `ValueError` as `from_script` and `Config`."
+    "Take up a configuration. Raises `FileNotFoundError`, and `ValueError` without a path, for what cannot be read, and as `from_script` and `Config`."
+    if not str(path).strip(): raise ValueError('Give the path of a script like finetune_lora.sh, of the config.json of a run, or of a run folder.')
     file, said = Path(path).expanduser(), StringIO()
     if file.is_dir(): file = file/'config.json'
     if not file.is_file(): raise FileNotFoundError(f'There is no file {file}. Give a script like finetune_lora.sh, or the config.json of a run.')
-    if file.suffix == '.json' and not _is_config(json.loads(file.read_text(encoding='utf-8'))): raise ValueError(f'{file} is no config.json of a run: it has no model_name_or_path or no data_path.')
+    _readable(file)
     with redirect_stdout(said): cfg = again(load_config(file)) if file.suffix == '.json' else from_script(file)
     return cfg, said.getvalue().splitlines()
 
@@ -229,6 +242,7 @@ class MemoryPanel(Panel):
     def _estimate(self, cfg:Config, gpus:int)->Estimate|None: # Without downloading anything
         model, folder = look_up(cfg.model_name_or_path, cfg.revision)
         if model is None: return self.say(f'{cfg.model_name_or_path} is not on this machine: its memory can be estimated once it is.')
+        cfg = replace(cfg, data_path=os.path.expanduser(cfg.data_path))
         return estimate(cfg, gpus, self._heaviest(cfg, folder) if folder else None)
 
     def _heaviest(self, cfg:Config, folder:Path)->Work: # Reading a large data file takes long, and most changes do not concern it

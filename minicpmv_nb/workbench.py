@@ -93,8 +93,13 @@ def _to_chat(w:Workbench)->None: # What was merged, or what the run left
     run = w.run.run
     merged = near(w.merge.done) if w.merge.done and run and w.merge.adapter.value == near(run.final) else None
     left = merged or (near(run.final) if run and run.final.is_dir() else None)
-    if _fresh(w, 'tuned', w.chat.tuned.value, left): w.chat.tuned.value = left
+    _ask_next(w, left)
     w.chat.refresh()
+
+def _ask_next(w:Workbench, tuned:str|None)->None: # Unless another was typed, or the chat is answering, which a change of models would cut off
+    if w.chat.working: return
+    if _fresh(w, 'tuned', w.chat.tuned.value, tuned): w.chat.tuned.value = tuned
+    if w.merge.done and w.chat.tuned.value == near(w.merge.done): w.chat.fill(w.chat.base, w.merge.base.value)
 
 def launched(self, run:Run)->None: # From the panel of settings
     "Watch the run."
@@ -102,8 +107,7 @@ def launched(self, run:Run)->None: # From the panel of settings
     self.go_to('run')
 
 def merged(self, folder:Path)->None: # From the panel that merges
-    "The merged checkpoint is the one to ask, beside the base it was made from."
-    self.chat.tuned.value = self.given['tuned'] = near(folder)
-    self.chat.base.value = self.merge.base.value
+    "The merged checkpoint is the one to ask, beside the base it was made from, unless others were typed."
+    _ask_next(self, near(folder))
 
 Workbench.hand_on, Workbench.launched, Workbench.merged = hand_on, launched, merged

@@ -191,6 +191,39 @@ def test_uploads_are_saved_and_opened(tmp_path):
     panel.upload.value = (file('c.jpg', b'Dear Sir'),)
     assert panel.said.startswith('c.jpg is not a picture') and sorted(f.name for f in (tmp_path/'new').iterdir()) == ['.annotating.json', 'a.jpg', 'b.jpg']
 
+def test_what_is_half_typed_outlives_uploads_and_opening(tmp_path):
+    panel = AnnotatePanel(str(album_of(tmp_path)))
+    answer(panel, 'Black.', '')
+    content = jpeg(Image.new('RGB', (9, 9)))
+    panel.upload.value = (dict(name='new.jpg', type='image/jpeg', size=len(content), content=memoryview(content), last_modified=datetime(2026, 1, 1)),)
+    assert panel.rows[0][1].value == 'Black.' and panel.said == 'The pictures were added. The entry is not written yet. Round 1 has no question.'
+    assert panel.names.options[-1][1] == 'new.jpg' and panel.picture == '0.png'
+    for folder in (tmp_path, tmp_path.parent):
+        panel.folder.value = str(folder)
+        panel.go.click()
+        assert panel.said.startswith('Not opened, since that would lose what is typed. Round 1 has no question.') and panel.rows[0][1].value == 'Black.'
+    panel.rows[0][0].value = 'Which colour?'
+    assert rounds_of(saved(tmp_path)[0]) == [('Which colour?', 'Black.')]
+    panel.folder.value = str(tmp_path)
+    panel.go.click()
+    assert panel.picture == '1.png'
+
+def test_a_share_that_cannot_be_written_is_not_claimed(tmp_path):
+    panel = AnnotatePanel(str(album_of(tmp_path, 20)))
+    for name in panel.album.pictures(): panel.album.write(name, [('Which?', 'This.')])
+    (tmp_path/'train.json').write_text(json.dumps(saved(tmp_path)))
+    panel.share.value = .3
+    assert 'changed by somebody else' in panel.said and not (tmp_path/'eval.json').exists()
+    values = panel.values()
+    assert (values['eval_file'], values['held_out'], values['share'], panel.share.value) == (None, 0, 0, 0) and Album(tmp_path).share == 0
+
+def test_files_beyond_the_limit_are_said(tmp_path, monkeypatch):
+    album = Album(album_of(tmp_path))
+    monkeypatch.setattr('minicpmv_nb.annotate_panel.MOST_FILES', 4)
+    assert album.passed_over() == ''
+    (tmp_path/'z.txt').touch()
+    assert album.passed_over().startswith(' Only the first 4 files of the folder are looked at')
+
 def test_an_upload_replaces_nothing(tmp_path):
     one, two = (jpeg(Image.new('RGB', (9, n))) for n in (9, 8))
     assert [add_picture(tmp_path, 'a.jpg', c) for c in (one, two, one, two)] == ['a.jpg', 'a-2.jpg', 'a.jpg', 'a-2.jpg']

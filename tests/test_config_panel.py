@@ -79,6 +79,13 @@ def test_what_was_set_by_hand_outlives_a_change_of_method(panel):
     panel.set(method='qlora')
     assert panel.config == qlora('m', 'd', lora_r=8) # a value that is the preset's own follows the preset
 
+@pytest.mark.parametrize('name, text', [('num_train_epochs', '1.50'), ('num_train_epochs', '10'), ('weight_decay', '0.01'), ('learning_rate', '1e-05'), ('max_steps', '1000'), ('data_path', '/data/my pictures/d.json')])
+def test_nothing_is_rewritten_while_it_is_typed(name, text):
+    form = ConfigPanel(machine=Machine(), delay=99)
+    for n in range(1, len(text)+1):
+        typed(form, name, text[:n])
+        assert form.rows[name].widgets[0].value == text[:n]
+
 def test_recommended_and_back(panel):
     panel.show(lora('m', 'd', lora_r=8))
     before = panel.config

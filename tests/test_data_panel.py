@@ -108,6 +108,18 @@ def test_a_file_without_a_good_entry_is_still_shown(tmp_path, tiny):
     panel = checked_panel(write_data(tmp_path, [entry('a', 'nowhere.png')]), str(tiny))
     assert panel.values()['good'] == 0 and 'nowhere.png' in panel.view.value
 
+def test_a_hub_id_is_looked_up_as_the_command_line_does(tmp_path, tiny, monkeypatch):
+    asked = []
+    monkeypatch.setattr('minicpmv_nb.data_panel.resolve', lambda name: asked.append(name) or (tiny, 'abc'))
+    panel = checked_panel(draw_data(tmp_path, 2), ' openbmb/MiniCPM-V-2_6 ')
+    assert asked == ['openbmb/MiniCPM-V-2_6'] and panel.values()['good'] == 2 and panel.values()['tokens']
+
+def test_the_home_is_known(tmp_path, monkeypatch):
+    draw_data(tmp_path, 2, 'd.json')
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert checked_panel('~/d.json').values()['good'] == 2
+    assert checked_panel('~').said == '~ is a folder: choose a data file in it.'
+
 def test_a_truncated_picture_is_said(tmp_path):
     path = draw_data(tmp_path, 2)
     Image.effect_noise((200, 200), 90).save(tmp_path/'0.png')

@@ -78,6 +78,27 @@ def test_what_is_no_config_of_a_run(tmp_path, content):
     (tmp_path/'config.json').write_text(content)
     with pytest.raises(ValueError, match='is no config.json of a run'): read_settings(tmp_path)
 
+@pytest.mark.parametrize('name, content, said', [('config.json', b'{"a": 1,\n', 'is not valid JSON (line 2'), ('config.json', b'{"a": "\xff"}', 'is no text in UTF-8 (byte 7)'), ('finetune.sh', b'\xff\xfe', 'is no text in UTF-8 (byte 0)')])
+def test_what_cannot_be_read_is_named(tmp_path, name, content, said):
+    (tmp_path/name).write_bytes(content)
+    with pytest.raises(ValueError) as e: read_settings(tmp_path/name)
+    assert str(e.value).startswith(f'{tmp_path/name} {said}') and type(e.value) is ValueError
+
+def test_no_path_is_no_working_folder():
+    for empty in ('', '  '):
+        with pytest.raises(ValueError, match='Give the path of a script'): read_settings(empty)
+
+def test_a_checkpoint_to_go_on_from_must_be_there(tmp_path):
+    said = lambda start: obstacles(lora('', '', resume_from_checkpoint=start), None, None).get('resume_from_checkpoint')
+    assert said('nowhere').startswith("resume_from_checkpoint is 'nowhere': there is no such folder.")
+    assert [said(start) for start in (None, 'auto', str(tmp_path))] == [None]*3
+
+def test_the_memory_of_data_in_the_home(tiny, drawn, monkeypatch):
+    monkeypatch.setenv('HOME', str(drawn.parent))
+    panel = MemoryPanel(Machine())
+    panel.reckon(lora(str(tiny), f'~/{drawn.name}', **SMALL), 1)
+    assert 'the heaviest of the 24 samples' in panel.estimate.work.source
+
 def test_an_optimiser_is_not_a_setting():
     said = obstacles(lora('', '', optim='lr', lr_scheduler_type='steps'), None, None)
     assert obstacles(lora('', '', optim='adam'), None, None)['optim'].endswith('Did you mean adamw_torch?')

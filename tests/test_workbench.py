@@ -1,5 +1,5 @@
 "What the tabs of the workbench hand on: what was done, never over what was typed."
-import json
+import json, threading
 
 import pytest
 
@@ -51,6 +51,24 @@ def test_merged_is_what_is_asked(bench, tiny, tmp_path):
     bench.merged(bench.merge.done)
     bench.go_to('chat')
     assert bench.chat.tuned.value == 'runs/first/merged'
+
+def test_a_merge_leaves_what_was_typed_and_what_is_answering(bench, tiny, tmp_path):
+    bench.run.run = finished(tmp_path/'runs'/'first', tiny)
+    for step in ('merge', 'chat'): bench.go_to(step)
+    assert bench.chat.base.value == str(tiny) # which the adapter says
+    bench.merge.done, go_on = tmp_path/'runs'/'first'/'merged', threading.Event()
+    bench.chat.start(go_on.wait)
+    bench.merged(bench.merge.done)
+    assert bench.chat.tuned.value == 'runs/first/final'
+    go_on.set(); bench.chat.join()
+    bench.merged(bench.merge.done)
+    assert (bench.chat.tuned.value, bench.chat.base.value) == ('runs/first/merged', str(tiny))
+    bench.chat.base.value = 'my base'
+    bench.merged(bench.merge.done)
+    assert bench.chat.base.value == 'my base'
+    bench.chat.tuned.value = 'my model'
+    bench.merged(bench.merge.done)
+    assert (bench.chat.tuned.value, bench.chat.base.value) == ('my model', 'my base')
 
 def test_a_run_cuts_pictures_as_the_check_did_unless_something_else_was_typed(bench):
     def checked(slices): # What the settings have after a check with so many
