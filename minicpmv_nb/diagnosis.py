@@ -316,7 +316,7 @@ def memory_table(
     return MemoryTable(dict(method=name, sharding=STAGES[stage], gpus=gpus) | memory(**counts[name], stage=stage, gpus=gpus) for name in counts for stage in STAGES)
 
 ON_TOP = ('Not counted: activations and logits, which grow with the slices and the length of a sample (max_slice_nums, model_max_length, batch size; gradient_checkpointing keeps them small), '
-    'one or two GB for CUDA and communication, the buckets of ZeRO, and without ZeRO on several GPUs the gradients once more. estimate() counts these too, for one configuration.')
+    'one or two GB for CUDA and communication, the buckets of ZeRO, and without ZeRO on several GPUs the gradients once more. For one configuration estimate() counts all of this but what CUDA takes.')
 
 # %% ../nbs/17_diagnosis.ipynb #0389939f
 def check_training(f:Folder): # What to look at; yields verdicts
