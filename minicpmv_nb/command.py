@@ -243,7 +243,7 @@ def _estimate(a, rest, p)->None:
     cfg = _asked(a, rest, p, data_path=NO_DATA)
     if cfg.data_path != NO_DATA and not Path(cfg.data_path).is_file(): raise FileNotFoundError(f'There is no data file {cfg.data_path}. Correct the path, or leave the flag out.')
     from minicpmv_nb.estimating import estimate
-    print(estimate(cfg))
+    print(estimate(cfg if cfg.data_path != NO_DATA else replace(cfg, data_path='')))
 
 COMMANDS['estimate'] = Command(_estimate, 'will it fit into the memory of my GPUs?', lambda: docments('estimating', 'estimate')[0], _config_arguments,
     ('estimate --method lora --model_name_or_path openbmb/MiniCPM-V-2_6 --bf16 true --fp16 false --gpus 4', 'estimate --script finetune_lora.sh --gpus 8'), flags=True)

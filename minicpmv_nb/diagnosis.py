@@ -316,7 +316,7 @@ def memory_table(
     return MemoryTable(dict(method=name, sharding=STAGES[stage], gpus=gpus) | memory(**counts[name], stage=stage, gpus=gpus) for name in counts for stage in STAGES)
 
 ON_TOP = ('Not counted: activations and logits, which grow with the slices and the length of a sample (max_slice_nums, model_max_length, batch size; gradient_checkpointing keeps them small), '
-    'one or two GB for CUDA and communication, and without ZeRO on several GPUs the gradients once more.')
+    'one or two GB for CUDA and communication, the buckets of ZeRO, and without ZeRO on several GPUs the gradients once more. For one configuration estimate() counts all of this but what CUDA takes.')
 
 # %% ../nbs/17_diagnosis.ipynb #0389939f
 def check_training(f:Folder): # What to look at; yields verdicts
@@ -378,7 +378,7 @@ PACKAGES = ('torch', 'transformers', 'accelerate', 'peft', 'deepspeed')
 
 @dataclass(frozen=True)
 class Machine:
-    "What decides whether a run fits."
+    "What there is for a run."
     gpus: tuple = () # (name, GB) of each GPU
     bf16: bool = False # Whether the GPUs compute in bfloat16, not only imitate it
     ram: float = 0 # GB of memory
@@ -413,10 +413,10 @@ def fits(
     need:dict, # A row of `memory_table`
     machine:Machine, # Its smallest GPU counts
 )->str: # For the table
-    "Whether a run would fit."
+    "What a run needs at least, activations aside, or that it cannot fit."
     if not machine.gpus: return 'no GPU'
-    left = min(gb for _, gb in machine.gpus) - max(need['loading'], need['together'])
-    return f'fits, {left:.0f} GB left' if left > 0 else 'does not fit'
+    least, gb = max(need['loading'], need['together']), min(gb for _, gb in machine.gpus)
+    return f'at least {least:.1f} of {gb:.0f} GB' if least < gb else 'does not fit'
 
 def machine_rows(
     machine:Machine, # To be described
@@ -486,9 +486,10 @@ def check_four_bits(m:Machine): # What to look at; yields verdicts
     "Can weights be packed into four bits here?"
     bad = faults(needed('qlora'), {r.name: _version(r.name) for r in needed('qlora')} | m.packages)
     if bad: yield 'note', f'{bad[0][0]}: no {EXTRAS["qlora"]}.', "pip install 'minicpmv_nb[qlora]'"; return
-    device = 'cuda' if m.gpus else 'cpu'
-    to_nf4(torch.ones(64, 64, device=device))
-    yield 'ok', f'bitsandbytes {_version("bitsandbytes")} packs weights into four bits on {"the GPU" if m.gpus else "the CPU"}.'
+    here = bool(m.gpus) and torch.cuda.is_available() # one may ask about GPUs that are elsewhere
+    to_nf4(torch.ones(64, 64, device='cuda' if here else 'cpu'))
+    where = 'the GPU' if here else 'the CPU here, which has no such GPU to try' if m.gpus else 'the CPU'
+    yield 'ok', f'bitsandbytes {_version("bitsandbytes")} packs weights into four bits on {where}.'
 
 def check_methods(m:Machine): # What to look at; yields verdicts
     "What is needed for what?"
@@ -546,10 +547,11 @@ class Diagnosis:
 
 def doctor(
     folder:str|Path|None=None, # A checkpoint folder, or a hub id, which is downloaded; None: examine the machine alone
-    gpus:int|None=None, # GPUs to reckon with; None: those of the machine, or 8 where there is none
+    gpus:int|None=None, # GPUs to reckon with, at least 1; None: those of the machine, or 8 where there is none
     machine:Machine|None=None, # None: this one
 )->Diagnosis: # `print` it, or end a cell with it
-    "Examine a checkpoint without loading it, or this machine and what is installed on it. Sickness never raises: it is a row, with what to do."
+    "Examine a checkpoint without loading it, or this machine and what is installed on it. Sickness never raises: it is a row, with what to do. Raises `ValueError` for less than one GPU."
+    if gpus is not None and gpus < 1: raise ValueError(f'gpus is {gpus}: give the number of GPUs, at least 1, or None.')
     machine = machine or this_machine()
     if folder is None: return Diagnosis('this machine', examine_machine(machine), MemoryTable())
     gpus, path = gpus or len(machine.gpus) or 8, Path(folder).expanduser()

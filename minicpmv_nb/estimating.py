@@ -44,17 +44,18 @@ class Work:
 def heaviest(
     cfg:Config, # Batch size, limits, and the data file
     folder:str|Path, # The checkpoint
-)->Work: # Of `cfg.data_path`, or of the limits where there is no such file
-    "The worst batch there can be. Raises as `samples.check`, and `ValueError` when no sample fits into `model_max_length`."
-    rows = cfg.per_device_train_batch_size
-    if not (cfg.data_path and Path(cfg.data_path).is_file()): return _limits(cfg, read_config(folder), rows)
+)->Work: # Of `cfg.data_path`, or of the limits where it is empty
+    "The worst batch there can be. Raises `FileNotFoundError` for a data file that is not there, as `samples.check`, and `ValueError` when no sample fits into `model_max_length`."
+    rows, file = cfg.per_device_train_batch_size, Path(cfg.data_path).expanduser()
+    if not cfg.data_path: return _limits(cfg, read_config(folder), rows)
+    if not file.is_file(): raise FileNotFoundError(f'There is no data file {cfg.data_path}. Correct data_path, or leave it empty: then the longest samples allowed are reckoned with.')
     processor = Processor.from_folder(folder, cfg.max_slice_nums)
-    found = [_weight(encode(s.turns, processor)) for s in check(cfg.data_path, cfg.extra_image_tags)[0]]
+    found = [_weight(encode(s.turns, processor)) for s in check(file, cfg.extra_image_tags)[0]]
     fitting = [w for w in found if w[0] <= cfg.model_max_length]
     if not fitting: raise ValueError(f'{cfg.data_path} has no sample of at most {cfg.model_max_length} tokens: raise model_max_length, or see what check() says.')
     lengths, taught, pieces = zip(*fitting)
     pieces = sorted(pieces, key=lambda sizes: sum(h*w for h, w in sizes))
-    return Work(max(lengths), sum(sorted(taught)[-rows:]), tuple(pieces[-rows:]), f'the heaviest of the {len(fitting)} samples in {Path(cfg.data_path).name}')
+    return Work(max(lengths), sum(sorted(taught)[-rows:]), tuple(pieces[-rows:]), f'the heaviest of the {len(fitting)} samples in {file.name}')
 
 def _weight(e:Encoded)->tuple[int,int,tuple]: # Tokens, taught tokens, pieces of its pictures
     return len(e.input_ids), sum(label != -100 for label in e.labels), tuple(size for p in e.plans for size in p.patch_sizes)
@@ -143,7 +144,8 @@ OF_THE_MODEL = ('use_lora', 'q_lora', 'quantize_vision', 'tune_llm', 'tune_visio
 
 def only_model(cfg:Config)->Config: # The same without what the model does not depend on
     "Leave out what does not matter here, so that equal questions are known to be equal."
-    return Config('', '', **{name: getattr(cfg, name) for name in OF_THE_MODEL} | dict(deepspeed='ds_config_zero2.json' if cfg.deepspeed else None)) # whichever stage: it decides the precision only
+    same = dict(deepspeed='ds_config_zero2.json' if cfg.deepspeed else None, bf16=cfg.bf16 or cfg.fp16, fp16=False) # whichever stage: it decides the precision only; both take two bytes, and autocast on a CPU knows bfloat16
+    return Config('', '', **{name: getattr(cfg, name) for name in OF_THE_MODEL} | same)
 
 def paper_step(
     config:dict, # A checkpoint's `config.json`
@@ -231,13 +233,14 @@ def _unmeasured(cfg:Config, config:dict)->Work: # Of a published model that is n
 
 def estimate(
     cfg:Config, # What shall be run; without a data file the limits are taken to be reached
-    gpus:int|None=None, # GPUs on this machine; None: what `cfg` says, or one. Times `cfg.nnodes`
+    gpus:int|None=None, # GPUs on this machine, at least 1; None: what `cfg` says, or one. Times `cfg.nnodes`
     work:Work|None=None, # A batch to reckon with; None: `heaviest`
 )->Estimate: # `print` it, or end a cell with it; `total` is what a GPU must have
-    "Say how much memory a run needs on each GPU, by part and moment. Only `config.json` of the checkpoint is read, and the data file where there is one; a published model need not be on this machine. Raises as `heaviest` and `resolve`."
+    "Say how much memory a run needs on each GPU, by part and moment. Only `config.json` of the checkpoint is read, and for a data file its tokenizer; of a model on a hub no more than these is downloaded, and of a published one nothing. Raises as `heaviest` and `resolve`, and `ValueError` for less than one GPU."
     if cfg.use_cpu: cfg = fit_precision(cfg, gpu=False)[0] # as the run will
+    if gpus is not None and gpus < 1: raise ValueError(f'gpus is {gpus}: give the number of GPUs, at least 1, or None.')
     ranks, (config, folder) = (gpus or cfg.gpus or 1)*cfg.nnodes, look_up(cfg.model_name_or_path, cfg.revision)
-    if config is None: folder = resolve(cfg.model_name_or_path, cfg.revision)[0]; config = read_config(folder)
+    if config is None: folder = resolve(cfg.model_name_or_path, cfg.revision, ['*.json'])[0]; config = read_config(folder) # no weights
     work = work or (heaviest(cfg, folder) if folder else _unmeasured(cfg, config))
     host = _host(config, cfg, ranks)
     away = [dict(part='what is offloaded', loading=0.0, training=host, step=host)] if cfg.use_cpu and host else [] # to the same memory

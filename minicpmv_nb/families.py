@@ -230,37 +230,45 @@ def check_llm_type(
 # %% ../nbs/00_families.ipynb #02a0e7c9
 DATA_FILES = ['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja']
 
+def _local(name:str)->Path|None: # Where it is, or should be, on this machine; None: an id on a hub
+    path = Path(name).expanduser()
+    return path if path.is_dir() or name.count('/') != 1 or name.startswith(('.', '/', '~')) else None
+
+def _no_id(name:str)->FileNotFoundError: return FileNotFoundError(f'There is no folder {name}, and it cannot be the id of a model on a hub.')
+
 def resolve(
     name:str, # A folder, a hub id `owner/model`, or `modelscope:owner/model`
     revision:str|None=None, # Branch, tag or commit of a hub id; None: the newest
-)->tuple[Path,str|None]: # The folder, and the commit where it came from a hub
+    files:list[str]=DATA_FILES, # Patterns of the files to download
+)->tuple[Path,str|None]: # The folder, and the commit where it came from Hugging Face; of ModelScope, `revision`
     "The local folder of a model. Raises `FileNotFoundError` with the command to run where there is a network."
-    if Path(name).is_dir() or name.count('/') != 1 or name.startswith(('.', '/', '~')):
-        read_config(Path(name).expanduser()); return Path(name).expanduser(), None
-    if name.startswith('modelscope:'): return _modelscope(name.removeprefix('modelscope:'), revision), revision
+    if folder := _local(name): read_config(folder); return folder, None
+    if name.startswith('modelscope:'): return _modelscope(name.removeprefix('modelscope:'), revision, files), revision
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    try: folder = Path(snapshot_download(name, revision=revision, allow_patterns=DATA_FILES, local_files_only=constants.HF_HUB_OFFLINE))
-    except HFValidationError as e: raise FileNotFoundError(f'There is no folder {name}, and it cannot be the id of a model on a hub.') from e
+    try: folder = Path(snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=constants.HF_HUB_OFFLINE))
+    except HFValidationError as e: raise _no_id(name) from e
     except (LocalEntryNotFoundError, HfHubHTTPError) as e:
         raise FileNotFoundError(f"{name} is neither a folder here nor in the local cache, and could not be downloaded ({type(e).__name__}). Where there is a network, run:\n"
             f"  hf download {name}{f' --revision {revision}' if revision else ''} --exclude '*.py' --exclude '*.bin' --local-dir {name.split('/')[-1]}\nand give that folder.") from e
     return folder, folder.name
 
-def _modelscope(name:str, revision:str|None)->Path:
+def _modelscope(name:str, revision:str|None, files:list[str])->Path:
     try: from modelscope import snapshot_download
     except ImportError as e: raise ImportError(f'modelscope:{name} needs the package modelscope: pip install modelscope, or download the model and give its folder.') from e
-    return Path(snapshot_download(name, revision=revision, allow_patterns=DATA_FILES))
+    return Path(snapshot_download(name, revision=revision, allow_patterns=files))
 
 # %% ../nbs/00_families.ipynb #6200ecd8
 def look_up(
     name:str, # Folder or hub id, as for `resolve`
     revision:str|None=None, # Branch, tag or commit of a hub id
-)->tuple[dict|None,Path|None]: # Its `config.json`, or None; its folder, or None where it would have to be downloaded
-    "What is known of a model on this machine. Raises `FileNotFoundError` and `ValueError` as `read_config`."
+)->tuple[dict|None,Path|None]: # Its `config.json`, or None; its folder, or None where at least the tokenizer would have to be downloaded
+    "What is known of a model on this machine. Raises `FileNotFoundError` and `ValueError` as `read_config`, and `FileNotFoundError` for what can be no id."
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
     if not name: raise ValueError(f'Give the folder of a checkpoint, or a hub id such as {FAMILIES["2.6"].hub_id}.')
-    if Path(name).expanduser().is_dir() or name.count('/') != 1 or name.startswith(('.', '/', '~')): return read_config(Path(name).expanduser()), Path(name).expanduser()
-    found = None if name.startswith('modelscope:') else try_to_load_from_cache(name, 'config.json', revision=revision)
-    if isinstance(found, str): return read_config(Path(found).parent), Path(found).parent
+    if folder := _local(name): return read_config(folder), folder
+    try: found = None if name.startswith('modelscope:') else try_to_load_from_cache(name, 'config.json', revision=revision)
+    except HFValidationError as e: raise _no_id(name) from e
+    if isinstance(found, str): folder = Path(found).parent; return read_config(folder), folder if (folder/'tokenizer.json').is_file() else None
     return next((f.official for f in FAMILIES.values() if f.hub_id == name), None), None

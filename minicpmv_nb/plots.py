@@ -82,14 +82,15 @@ def read_record(
     metrics:list[dict]|None=None, # From `read_metrics`; None: read them
 )->Record: # For `draw`
     "Gather what a run folder tells. Raises `FileNotFoundError` when there is no such folder."
+    from minicpmv_nb.surviving import checkpoints # here: it needs torch
     folder = Path(folder)
     if not folder.is_dir(): raise FileNotFoundError(f'There is no folder {folder}.')
     metrics = read_metrics(folder) if metrics is None else metrics
     log, config = folder/'log.txt', folder/'config.json'
     said = log.read_text(encoding='utf-8', errors='replace') if log.is_file() else ''
-    saved = [p.name.split('-')[1] for p in folder.glob('checkpoint-*')]
+    saved = [int(p.name.split('-')[1]) for p in checkpoints(folder)]
     peak = max((m['learning_rates'] for m in metrics if m.get('learning_rates')), key=sum, default=None)
-    return Record(folder.absolute().name, metrics, sorted({int(n) for n in re.findall(r'^resuming from .*checkpoint-(\d+)\s*$', said, re.M)}), sorted(int(n) for n in saved if n.isdigit()),
+    return Record(folder.absolute().name, metrics, sorted({int(n) for n in re.findall(r'^resuming from .*checkpoint-(\d+)\s*$', said, re.M)}), saved,
         read_status(folder).get('best_step'), rate_names(peak, load_config(config) if config.is_file() else None) if peak else {})
 
 # %% ../nbs/12_plots.ipynb #87bda2b1
@@ -219,13 +220,14 @@ def _finish(ax, key:str, view:_View)->None: # Scale, labels, legend
 # %% ../nbs/12_plots.ipynb #858687c4
 def draw(
     records:list[Record], # One run, or several to compare
-    show:tuple[str]=('loss', 'learning_rate'), # Keys of `CURVES`
+    show:tuple[str]|str=('loss', 'learning_rate'), # Keys of `CURVES`, or one of them
     x:str='step', # `step`, or `time`: while the run worked
     smooth:float=0.1, # Window of the running mean as a share of the points; 0: no mean. It needs 4 points
     log:bool=False, # Logarithmic axes for losses, gradient norm and learning rates
     size:tuple[float,float]|None=None, # Inches; None: as many as needed
 )->Picture: # Shows itself; `save` writes it
     "Draw curves of one run or several. Raises `ValueError` when none of them is logged yet."
+    show = (show,) if isinstance(show, str) else show
     unknown = [k for k in show if k not in CURVES] or ([] if x in ('step', 'time') else [x])
     if unknown or not show: raise ValueError(f'There is no curve {", ".join(unknown)}: choose among {", ".join(CURVES)}, over step or time.')
     logged = {k for r in records for m in r.metrics for k in m}
@@ -282,7 +284,7 @@ def plot_dashboard(
 def compare_runs(
     folders:list[str|Path], # Run folders
     file:str|Path|None=None, # Also save it: .png, .svg or .pdf
-    show:tuple[str]=('loss',), # Keys of `CURVES`
+    show:tuple[str]|str=('loss',), # Keys of `CURVES`, or one of them
     **how, # Of `draw`: `x`, `smooth`, `log`, `size`
 )->Picture: # Shows itself
     "Draw the same curves of several runs side by side. Raises as `draw`."

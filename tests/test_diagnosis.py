@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from minicpmv_nb.quantizing import quantize
 from minicpmv_nb.tuning import memory
-from minicpmv_nb.diagnosis import CHECKS, COMPILER, EXTRAS, HEADER, MACHINE_CHECKS, METHODS, NINJA, Folder, Machine, both_ways, build_tools, doctor, faults, fits, main, memory_table, needed, this_machine, training_counts
+from minicpmv_nb.estimating import estimate
+from minicpmv_nb.diagnosis import CHECKS, COMPILER, EXTRAS, HEADER, MACHINE_CHECKS, METHODS, NINJA, ON_TOP, Folder, Machine, both_ways, build_tools, doctor, faults, fits, main, memory_table, needed, this_machine, training_counts
 from minicpmv_nb.families import FAMILIES
 from minicpmv_nb.model import load, save, write_checkpoint
 from minicpmv_nb.training import prepare_model
@@ -428,10 +429,21 @@ def test_verdicts():
     said = lambda machine: [fits(need, machine) for need in table]
     assert [need['method'] for need in table] == ['LoRA']*3 + ['QLoRA']*3 + ['full']*3
     assert said(Machine()) == ['no GPU']*9
-    assert [s for s, need in zip(said(cards(80, 24)), table) if need['method'] != 'QLoRA'] == ['does not fit', 'fits, 6 GB left', 'fits, 7 GB left', 'does not fit', 'does not fit', 'fits, 8 GB left'] # the smallest counts
+    assert [s for s, need in zip(said(cards(80, 24)), table) if need['method'] != 'QLoRA'] == ['does not fit', 'at least 18.2 of 24 GB', 'at least 17.3 of 24 GB', 'does not fit', 'does not fit', 'at least 16.2 of 24 GB'] # the smallest counts
     assert said(cards(17))[2] == 'does not fit' # ZeRO-3 loads everything first
-    assert all(s.startswith('fits') for s in said(cards(12))[3:6]) # four bits
-    assert said(cards(140))[6] == 'fits, 10 GB left'
+    assert all(s.startswith('at least') for s in said(cards(12))[3:6]) # four bits
+    assert said(cards(140))[6] == 'at least 129.6 of 140 GB'
+
+def test_no_verdict_promises_what_an_estimate_denies():
+    # 4.0 in full on four GPUs of 24 GB: weights, gradients and optimiser have 22.3 GB, and everything has more than there is
+    row = next(r for r in memory_table(FAMILIES['4.0'].official, gpus=4) if (r['method'], r['sharding']) == ('full', 'ZeRO-2'))
+    verdict = fits(row, Machine((('card', 24.0),)*4, True))
+    assert estimate(METHODS['full'](FAMILIES['4.0'].hub_id, '', deepspeed='ds_config_zero2.json', bf16=True, fp16=False), 4).total > 24 > row['together']
+    assert verdict == f"at least {row['together']:.1f} of 24 GB" and 'fits' not in verdict and 'estimate()' in ON_TOP
+
+@pytest.mark.parametrize('gpus', [0, -1])
+def test_no_gpu_at_all(gpus):
+    with pytest.raises(ValueError, match=f'gpus is {gpus}: give the number of GPUs, at least 1'): doctor(gpus=gpus)
 
 @pytest.mark.parametrize('machine, gpus, said', [(Machine(), None, 8), (CARDS, None, 2), (CARDS, 4, 4)])
 def test_number_of_gpus(healthy, machine, gpus, said): assert {r['gpus'] for r in doctor(healthy['2.6'], gpus, machine).needs} == {said}
@@ -491,6 +503,11 @@ def test_gpus_that_torch_does_not_find():
     assert 'finds no GPU' in of_machine(Machine(driver=True, **READY))['CPU'] and 'CPU' not in of_machine(Machine(driver=False, **READY))
 
 def test_no_bitsandbytes(): assert of_machine(Machine(packages=dict(bitsandbytes=None), **READY), 'note')['four bits'] == "bitsandbytes is not installed: no QLoRA and int4 checkpoints. pip install 'minicpmv_nb[qlora]'"
+
+def test_four_bits_of_gpus_that_are_elsewhere(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    rows = of_machine(Machine(gpus=(('card', 80.0),)*4, bf16=True, **READY), 'ok')
+    assert rows['four bits'].endswith('packs weights into four bits on the CPU here, which has no such GPU to try.')
 
 def test_bitsandbytes_that_does_not_work(monkeypatch):
     def broken(weight): raise RuntimeError('CUDA Setup failed')

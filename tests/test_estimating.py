@@ -125,6 +125,37 @@ def test_every_family_can_be_estimated(family, tmp_path):
     activations = [r for r in e.rows if 'backward' in r['part']]
     assert all(r['training'] > 0 for r in activations)
 
+@pytest.mark.parametrize('method', ['lora', 'qlora'])
+def test_fp16_needs_what_bf16_needs(method, tmp_path):
+    "Without DeepSpeed a step on paper runs under autocast, of which a CPU has bfloat16 only."
+    from minicpmv_nb import config, estimate
+    from minicpmv_nb.families import FAMILIES
+    (tmp_path/'config.json').write_text(json.dumps(FAMILIES['2.0'].official))
+    total = lambda **precision: estimate(getattr(config, method)(str(tmp_path), '', deepspeed=None, **precision), 1).total
+    assert total() == total(fp16=False, bf16=True)
+
+@pytest.mark.parametrize('gpus', [0, -1])
+def test_no_gpu_at_all(gpus, tiny):
+    from minicpmv_nb import estimate
+    from minicpmv_nb.config import lora
+    with pytest.raises(ValueError, match=f'gpus is {gpus}: give the number of GPUs, at least 1, or None.'): estimate(lora(str(tiny), ''), gpus)
+
+def test_a_data_file_that_is_not_there(tiny, drawn, tmp_path, monkeypatch):
+    from minicpmv_nb import estimate
+    from minicpmv_nb.config import lora
+    with pytest.raises(FileNotFoundError, match='There is no data file trian.json. Correct data_path, or leave it empty'): estimate(lora(str(tiny), 'trian.json'))
+    monkeypatch.setenv('HOME', str(drawn.parent))
+    assert estimate(lora(str(tiny), f'~/{drawn.name}')).work == estimate(lora(str(tiny), str(drawn))).work
+
+def test_of_an_unknown_model_on_a_hub_no_weights_are_fetched(tiny, monkeypatch):
+    import huggingface_hub
+    from minicpmv_nb import estimate
+    from minicpmv_nb.config import lora
+    asked = []
+    def fetch(name, revision, allow_patterns, local_files_only): asked.append((name, allow_patterns)); return str(tiny)
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', fetch)
+    assert estimate(lora('somebody/a-model-of-theirs', '')).total > 0 and asked == [('somebody/a-model-of-theirs', ['*.json'])]
+
 @pytest.mark.parametrize('file', sorted((TESTS.parent/'benchmarks'/'results').glob('NVIDIA-*.json')), ids=lambda f: f.stem)
 def test_the_allocator_of_a_gpu(file, tmp_path, monkeypatch):
     "What `estimate` says today is within 10 % of what a GPU once held, while loading and at the peak."

@@ -111,3 +111,30 @@ def test_revision_that_is_not_there(cache):
 def test_an_adapter_is_no_checkpoint(tmp_path):
     (tmp_path/'adapter_config.json').write_text('{}')
     with pytest.raises(FileNotFoundError, match='is an adapter, not a checkpoint: give the base it was trained on'): read_config(tmp_path)
+
+def looked_up(cache, monkeypatch, name):
+    "What `look_up` finds in this cache."
+    import huggingface_hub.constants, huggingface_hub.file_download
+    from minicpmv_nb.families import look_up
+    for module in (huggingface_hub.constants, huggingface_hub.file_download): monkeypatch.setattr(module, 'HF_HUB_CACHE', str(cache), raising=False)
+    return look_up(name)
+
+def test_a_cache_with_nothing_but_the_config(cache, monkeypatch):
+    # Whoever needs the tokenizer would look for it in such a folder.
+    assert looked_up(cache, monkeypatch, HUB_ID) == (dict(model_type='minicpmv', version='2.5'), None)
+    snapshot = cache/f'models--{HUB_ID.replace("/", "--")}'/'snapshots'/COMMIT
+    (snapshot/'tokenizer.json').write_text('{}')
+    assert looked_up(cache, monkeypatch, HUB_ID)[1] == snapshot
+
+@pytest.mark.parametrize('name', ['bad name/x y', '~/none/at/all', './none'])
+def test_looking_up_says_what_resolving_says(tmp_path, monkeypatch, name):
+    from minicpmv_nb.families import look_up
+    monkeypatch.chdir(tmp_path); monkeypatch.setenv('HOME', str(tmp_path))
+    with pytest.raises(FileNotFoundError, match='There is no folder') as looked: look_up(name)
+    with pytest.raises(FileNotFoundError) as resolved: resolve(name)
+    assert str(looked.value) == str(resolved.value)
+
+def test_a_folder_at_home_that_looks_like_a_hub_id(tmp_path, tiny, monkeypatch):
+    from minicpmv_nb.families import look_up
+    shutil.copytree(tiny, tmp_path/'model'); monkeypatch.setenv('HOME', str(tmp_path))
+    assert resolve('~/model')[0] == look_up('~/model')[1] == tmp_path/'model'

@@ -127,3 +127,8 @@ def test_threads_draw_the_same_figure():
 def test_pyplot_is_left_alone():
     code = "import sys; from minicpmv_nb.plots import plot_metrics; plot_metrics([dict(step=1, loss=1.0)])._repr_png_(); print('matplotlib.pyplot' in sys.modules, 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split() == ['False', 'False']
+
+def test_one_curve_by_its_name():
+    metrics = [dict(step=i, loss=1/i, time=float(i)) for i in (1, 2, 3)]
+    assert [ax.get_ylabel() for ax in plot_metrics(metrics, show='loss').axes] == ['loss per taught token']
+    with pytest.raises(ValueError, match='There is no curve los: choose among loss'): plot_metrics(metrics, show='los')
