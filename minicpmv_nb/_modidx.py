@@ -324,7 +324,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'minicpmv_nb.command._quiet': ('command.html#_quiet', 'minicpmv_nb/command.py'),
                                      'minicpmv_nb.command._report': ('command.html#_report', 'minicpmv_nb/command.py'),
                                      'minicpmv_nb.command._run': ('command.html#_run', 'minicpmv_nb/command.py'),
-                                     'minicpmv_nb.command._short': ('command.html#_short', 'minicpmv_nb/command.py'),
                                      'minicpmv_nb.command._start': ('command.html#_start', 'minicpmv_nb/command.py'),
                                      'minicpmv_nb.command._stored': ('command.html#_stored', 'minicpmv_nb/command.py'),
                                      'minicpmv_nb.command._train': ('command.html#_train', 'minicpmv_nb/command.py'),
