@@ -7,8 +7,8 @@ __all__ = ['COMMON', 'COMMANDS', 'RAISE', 'METHODS', 'NO_DATA', 'WORDS', 'docmen
            'sentence', 'main', 'configure', 'progress', 'progress_line', 'follow', 'run_table', 'converse']
 
 # %% ../nbs/27_command.ipynb #76f001ab
-import argparse, difflib, json, opcode, os, re, shlex, shutil, statistics, sys, textwrap, time, warnings
-from dataclasses import dataclass, replace
+import argparse, difflib, json, opcode, os, re, shlex, shutil, sys, textwrap, time, warnings
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -206,8 +206,10 @@ NO_DATA = 'no data file' # Stands for the data of an estimate that has none
 def _given(argv:list[str])->set[str]: return {w[2:].partition('=')[0] for w in argv if w.startswith('--')} # Names of flags
 
 def _stored(path:str)->Config: # Of a run, to be repeated in another folder
-    try: return replace(load_config(path), output_dir=None, resume_from_checkpoint=None)
+    try: cfg = load_config(path)
     except (AttributeError, TypeError, ValueError) as e: raise ValueError(f'{path} is no configuration ({e}). Give the config.json of a run folder.') from e
+    from minicpmv_nb.planning import again # takes seconds, which only this needs
+    return again(cfg)
 
 def _start(a, given:set[str])->Config|None: # What the flags change
     if a.script: return from_script(a.script)
@@ -224,7 +226,7 @@ def configure(
     start = _start(a, given)
     if start is None and not given & {'use_lora', 'tune_llm', 'tune_vision', 'tune_embeddings'}: raise ValueError('Say what trains: --method lora, qlora or full, --script finetune_lora.sh, --config config.json, or the flags --use_lora true or --tune_llm true.')
     if start and a.recommended: start = recommended(start, given)
-    known = {k: v for k, v in vars(start).items() if v not in ('', None)} if start else {}
+    known = {k: v for k, v in vars(start).items() if v != ''} if start else {} # a preset's empty paths are not known
     cfg = from_flags(argv, **defaults | known)
     return recommended(cfg) if a.recommended and not start else cfg # flags alone are the script
 
@@ -251,14 +253,16 @@ COMMANDS['estimate'] = Command(_estimate, 'will it fit into the memory of my GPU
 # %% ../nbs/27_command.ipynb #71d2363f
 def progress(
     run, # A `jobs.Run`
+    follower=None, # A `run_panel.Follower` of its folder, which reads on; None: a new one
 )->dict: # state, step, steps, loss, eval_loss, and the seconds left, as far as they are known
     "How far a run is."
-    status, logged = run.status(), run.metrics()
-    found = {k: status[k] for k in ('state', 'step', 'steps') if k in status} | {k: m[k] for m in logged for k in ('loss', 'eval_loss') if k in m}
-    recent = [m for m in logged if 'loss' in m][-20:]
-    paces = [(b['time']-a['time'])/(b['step']-a['step']) for a, b in zip(recent, recent[1:]) if b['step'] > a['step']]
-    left = dict(left=statistics.median(paces)*(found['steps']-recent[-1]['step'])) if paces and 'steps' in found else {}
-    return found | left
+    from minicpmv_nb import run_panel
+    status, follower = run.status(), follower or run_panel.Follower(run.folder)
+    follower.read()
+    found = {k: status[k] for k in ('state', 'step', 'steps') if k in status}
+    found |= {k: m[k] for k in ('loss', 'eval_loss') for m in [next((m for m in reversed(follower.metrics) if k in m), {})] if k in m}
+    left = run_panel.progress(status, follower.metrics, time.time())['eta']
+    return found if left is None else found | dict(left=left)
 
 def progress_line(
     p:dict, # From `progress`
@@ -279,26 +283,26 @@ def follow(
 )->None:
     "Show how far a run is, until it ends."
     from minicpmv_nb.jobs import LIVE
-    terminal, shown, last = sys.stdout.isatty(), None, 0.0
+    from minicpmv_nb.run_panel import Follower
+    terminal, shown, last, follower = sys.stdout.isatty(), None, 0.0, Follower(run.folder)
     while True:
         status = run.status()
-        line, goes_on = progress_line(progress(run)), status['state'] in LIVE or status['state'] == 'prepared' and status.get('slurm')
+        line, goes_on = progress_line(progress(run, follower)), status['state'] in LIVE or status['state'] == 'prepared' and status.get('slurm')
         if terminal: print(f'\r{line[:_width()-1]}\x1b[K', end='' if goes_on else '\n', flush=True)
         elif line != shown and (time.monotonic()-last >= every or not goes_on): print(line, flush=True); shown, last = line, time.monotonic()
         if not goes_on: return
         time.sleep(poll)
 
-def _short(path:Path)->str: # As one would type it here
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
 def _watch_run(run)->int: # Until it ends; Ctrl-C ends only the watching
-    name = shlex.quote(_short(run.folder))
+    from minicpmv_nb.answer_panels import near
+    name = shlex.quote(near(run.folder))
     try: follow(run)
     except KeyboardInterrupt:
         print(f'\n{name} goes on.\n  to watch it:  minicpmv_nb watch {name}\n  to stop it:   minicpmv_nb watch {name} --stop\n  and resume:   minicpmv_nb watch {name} --resume', file=sys.stderr)
         return 130
-    if run.status()['state'] == 'stopped': print(f'{name} was stopped. To go on: minicpmv_nb watch {name} --resume', file=sys.stderr); return 1
-    print(f'done: {_short(run.wait().final)}') # raises when it failed
+    how = dict(stopped='was stopped. To go on: minicpmv_nb watch {0} --resume', prepared='is prepared, not started. To start it: minicpmv_nb watch {0} --start').get(run.status()['state'])
+    if how: print(f'{name} {how.format(name)}', file=sys.stderr); return 1
+    print(f'done: {near(run.wait().final)}') # raises when it failed
 
 def _train_arguments(p)->None:
     _config_arguments(p)
@@ -307,9 +311,10 @@ def _train_arguments(p)->None:
 
 def _train(a, rest, p)->int:
     cfg = _asked(a, rest, p)
+    from minicpmv_nb.answer_panels import near
     from minicpmv_nb.jobs import launch
     run = launch(cfg, name=a.name)
-    print(f'run folder: {_short(run.folder)}', flush=True)
+    print(f'run folder: {near(run.folder)}', flush=True)
     return 0 if a.detach else _watch_run(run)
 
 COMMANDS['train'] = Command(_train, 'check everything, start a run, watch it', lambda: 'Check everything, write a run folder, start torchrun in the background, and watch the run until it ends. Ctrl-C ends only the watching.', _train_arguments,
@@ -320,10 +325,11 @@ def run_table(
     runs:list, # From `jobs.find_runs`
 )->str: # One line for each
     "Name, state, step and loss of runs."
+    from minicpmv_nb.answer_panels import near
     cells = [('run', 'state', 'step', 'loss', 'last change')]
     for r in runs:
         p, changed = progress(r), max(f.stat().st_mtime for f in r.folder.glob('status*.json'))
-        cells.append((_short(r.folder), p['state'], f"{p.get('step', 0)} of {p['steps']}" if 'steps' in p else '', f"{p['loss']:.4g}" if 'loss' in p else '', time.strftime('%Y-%m-%d %H:%M', time.localtime(changed))))
+        cells.append((near(r.folder), p['state'], f"{p.get('step', 0)} of {p['steps']}" if 'steps' in p else '', f"{p['loss']:.4g}" if 'loss' in p else '', time.strftime('%Y-%m-%d %H:%M', time.localtime(changed))))
     return text_table(cells)
 
 def _run(name:str): # A path, or a name below runs
@@ -339,22 +345,25 @@ def _list()->None: # All runs
 def _watch_arguments(p)->None:
     p.add_argument('run', metavar='RUN', nargs='?', help='a run folder, or its name below runs; without it, the runs there are listed')
     p.add_argument('--stop', action='store_true', help='end the run; it saves first, and can be resumed')
-    p.add_argument('--resume', action='store_true', help='go on from the newest checkpoint, then watch')
+    go_on = p.add_mutually_exclusive_group()
+    go_on.add_argument('--resume', action='store_true', help='go on from the newest checkpoint, then watch')
+    go_on.add_argument('--start', action='store_true', help='start what launch(..., start=False) has prepared, then watch')
     p.add_argument('--plot', metavar='FILE', help='draw loss and learning rate: .png, .svg or .pdf')
     p.add_argument('--log', action='store_true', help='print the end of everything the run has printed')
     p.add_argument('--lines', type=int, default=40, help='how much of it [%(default)s]')
 
 def _watch(a, rest, p)->int:
-    if not a.run and (a.stop or a.resume or a.plot or a.log): p.error('say which run; "minicpmv_nb watch" lists them')
+    if not a.run and (a.stop or a.resume or a.start or a.plot or a.log): p.error('say which run; "minicpmv_nb watch" lists them')
     if not a.run: return _list()
     run = _run(a.run)
     if a.stop: print(progress_line(progress(run.stop())))
     if a.log: print(run.log(a.lines))
     if a.plot: run.plot(a.plot); print(f'drawn in {a.plot}')
     if a.resume: run.resume()
-    return 0 if (a.stop or a.log or a.plot) and not a.resume else _watch_run(run)
+    if a.start: run.start()
+    return 0 if (a.stop or a.log or a.plot) and not (a.resume or a.start) else _watch_run(run)
 
-COMMANDS['watch'] = Command(_watch, 'how far are my runs? Stop one, resume one, draw its loss', lambda: 'Show how far a run is, until it ends; Ctrl-C ends only the watching. Exits with 1 when the run failed, or was stopped before its end.', _watch_arguments,
+COMMANDS['watch'] = Command(_watch, 'how far are my runs? Start, stop, resume one, draw its loss', lambda: 'Show how far a run is, until it ends; Ctrl-C ends only the watching. Exits with 1 when the run failed, was stopped before its end, or is not started.', _watch_arguments,
     ('watch', 'watch runs/lora-20250101-120000', 'watch first --stop', 'watch first --resume', 'watch first --plot loss.png', 'watch first --log'))
 
 # %% ../nbs/27_command.ipynb #1492f359

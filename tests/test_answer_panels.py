@@ -202,6 +202,49 @@ def test_a_file_is_stopped_and_limited(runs, data):
     panel.examine_all.click(); panel.join()
     assert panel.said.startswith('Stopped. Exact match: tuned 0.000 of 2') and panel.values()['scores'].keys() == {'tuned'} and panel.bar.max == 4
 
+def test_an_answer_that_is_being_written_does_not_enter_the_next_conversation(runs, tiny, tmp_path, monkeypatch):
+    other, seen = shutil.copytree(tiny, tmp_path/'other'), []
+    def answer(self, turns, pictures, watch, **how):
+        seen.append([t.parts[-1] for t in turns])
+        if len(seen) == 1: panel.base.value = str(other) # meanwhile
+        return 'ended' if watch('so far') else 'whole'
+    monkeypatch.setattr(Chat, 'answer', answer)
+    panel = chat_of(runs, base=tiny)
+    left = ask(panel, 'Old?')
+    assert left['exchanges'] == 0 and left['message'] == 'The conversation was left while base was answering: that answer is dropped.' and panel.talks == {} == panel.chats
+    assert ask(panel, 'New?')['base'] == 'whole' and seen == [['Old?'], ['New?']]
+
+def test_a_tilde_is_the_home(runs, tiny, data, monkeypatch):
+    monkeypatch.setenv('HOME', str(tiny.parent))
+    merging_panel = MergePanel(f' ~/{tiny.name}', str(runs/'one'/'final'), '~/out', runs)
+    assert merging_panel.facts.value.startswith('<span') and merging_panel.needed > 1e6
+    monkeypatch.setenv('HOME', str(data.parent))
+    panel = chat_of(runs, base=tiny)
+    panel.path.value = '~/0.png '
+    assert panel.chosen() == [data.with_name('0.png')] and panel.preview.value.count('<img') == 1
+    panel.path.value = '~'
+    assert len(panel.files.options) == 6
+    panel.data.value = f'~/{data.name}'
+    panel.open.click(); panel.join()
+    assert len(panel.samples) == 6
+
+def test_tags_that_are_text(runs, tiny, data):
+    entries = json.loads(data.read_text())
+    entries[1]['conversations'][1]['content'] = 'An <image> tag.'
+    data.write_text(json.dumps(entries))
+    panel = chat_of(runs, base=tiny)
+    panel.data.value, panel.limit.value = str(data), 2
+    panel.open.click(); panel.join()
+    assert len(panel.samples) == 5 and "panel.extra_image_tags = 'literal'" in panel.said
+    panel.examine_all.click(); panel.join()
+    assert "panel.extra_image_tags = 'literal'" in panel.said and 'take them out' in panel.said and panel.chats == {} # no model is loaded for this
+    panel = chat_of(runs, base=tiny, extra_image_tags='literal')
+    panel.data.value, panel.limit.value = str(data), 2
+    panel.open.click(); panel.join()
+    assert len(panel.samples) == 6 and 'literal' not in panel.said
+    panel.examine_all.click(); panel.join()
+    assert [a['expected'] for a in panel.answers['base']][1] == 'An <image> tag.'
+
 @pytest.mark.parametrize('fields, words', [(dict(), 'Name a model first'), (dict(tuned='nowhere'), 'There is no folder nowhere'), (dict(base='base', question=' '), 'Write a question'),
     (dict(base='base', path='nowhere.png'), 'nowhere.png does not exist'), (dict(tuned='adapter', base='other'), 'trained on other weights'), (dict(base='base', compare=True, tuned='base'), '')])
 def test_errors_are_sentences(runs, tiny, tmp_path, fields, words):

@@ -1,14 +1,16 @@
 "The command line: what each command prints, where, and with which exit code. Mostly through real processes."
 import json, os, pty, re, signal, subprocess, sys, time
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from minicpmv_nb import command
+from minicpmv_nb import command, run_panel
 from minicpmv_nb.command import COMMANDS, configure, converse, docments, flag_text, main, overview, progress, progress_line, run_table
-from minicpmv_nb.config import Config, full, load_config, lora, qlora, save_config, write_json, write_status
+from minicpmv_nb.config import Config, check_batch, deepspeed_json, full, load_config, lora, qlora, save_config, write_json
 from minicpmv_nb.jobs import Run
+from minicpmv_nb.run_panel import Follower
 from support import QUESTION, draw_data, entry, flags, talk, write_data
 
 SMALL = dict(use_cpu='true', gpus=1, gradient_accumulation_steps=1, per_device_train_batch_size=2, dataloader_num_workers=0, tune_vision='false', lora_r=4, report_to='none', fp16='false', deepspeed='none', max_steps=3)
@@ -99,12 +101,12 @@ def test_debug_shows_the_traceback(tmp_path):
 
 def test_a_bug_keeps_its_traceback(monkeypatch, capsys):
     def work(a, rest, p): return {}['bug']
-    monkeypatch.setitem(COMMANDS, 'check', command.replace(COMMANDS['check'], work=work))
+    monkeypatch.setitem(COMMANDS, 'check', replace(COMMANDS['check'], work=work))
     with pytest.raises(KeyError): main(['check', 'd.json'])
 
 def test_a_package_that_is_missing(monkeypatch, capsys):
     def work(a, rest, p): import nothing_of_that_name
-    monkeypatch.setitem(COMMANDS, 'check', command.replace(COMMANDS['check'], work=work))
+    monkeypatch.setitem(COMMANDS, 'check', replace(COMMANDS['check'], work=work))
     assert main(['check', 'd.json']) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: No module named 'nothing_of_that_name'.") and 'pip check' in said
@@ -113,7 +115,7 @@ def test_no_command(capsys): assert main([]) == 2 and capsys.readouterr().out ==
 
 def test_interrupted(monkeypatch, capsys):
     def work(a, rest, p): os.kill(os.getpid(), signal.SIGINT); time.sleep(5)
-    monkeypatch.setitem(COMMANDS, 'check', command.replace(COMMANDS['check'], work=work))
+    monkeypatch.setitem(COMMANDS, 'check', replace(COMMANDS['check'], work=work))
     assert main(['check', 'd.json']) == 130 and capsys.readouterr() == ('', '')
 
 def test_reader_that_has_gone(drawn):
@@ -163,6 +165,26 @@ def test_from_a_script(tmp_path):
     cfg = asked('--lora_r', '9', script=str(tmp_path/'s.sh'))
     assert (cfg.model_name_or_path, cfg.gpus, cfg.use_lora, cfg.lora_r) == ('m', 4, True, 9)
 
+def stored(folder, **changes):
+    "The config.json of a run, beside its own copy of DeepSpeed's configuration."
+    cfg = lora('x', 'y', output_dir=str(folder), **changes)
+    write_json(folder/'deepspeed.json', deepspeed_json(cfg))
+    save_config(replace(cfg, deepspeed=str(folder/'deepspeed.json')), folder/'config.json')
+    return str(folder/'config.json')
+
+def test_a_copy_of_our_deepspeed_file_follows_the_flags(tmp_path):
+    cfg = asked('--per_device_train_batch_size', '1', '--max_grad_norm', '0.5', '--offload', 'optimizer', config=stored(tmp_path))
+    check_batch(replace(cfg, gpus=1)) # would complain about the file of the earlier run
+    ours = deepspeed_json(cfg)
+    assert cfg.deepspeed == 'ds_config_zero3.json' and ours['gradient_clipping'] == .5 and 'offload_optimizer' in ours['zero_optimization']
+
+def test_a_deepspeed_file_of_the_user_stays(tmp_path):
+    config = stored(tmp_path)
+    write_json(tmp_path/'deepspeed.json', dict(zero_optimization=dict(stage=2), steps_per_print=7))
+    assert asked(config=config).deepspeed == str(tmp_path/'deepspeed.json')
+
+def test_what_a_run_has_switched_off_stays_off(tmp_path): assert asked(config=stored(tmp_path, save_total_limit=None)).save_total_limit is None
+
 def test_from_a_run(tmp_path):
     save_config(lora('x', 'y', output_dir='runs/first', lora_r=7), tmp_path/'config.json', versions={})
     assert asked(config=str(tmp_path/'config.json')) == lora('m', 'd', lora_r=7)
@@ -178,15 +200,29 @@ def made_up(folder, state='running', step=12, steps=40, times=None):
     folder.mkdir(parents=True, exist_ok=True)
     save_config(lora('m', 'd', output_dir=str(folder)), folder/'config.json')
     (folder/'metrics.jsonl').write_text(''.join(json.dumps(dict(step=s+1, loss=2-s/100, time=t)) + '\n' for s, t in enumerate(times or [2.0*s for s in range(step)])))
-    write_json(folder/'status.json', dict(state=state, step=step, steps=steps))
+    write_json(folder/'status.json', dict(state=state, step=step, steps=steps, heartbeat=time.time()))
     return Run.attach(folder)
 
 def test_progress(tmp_path):
     p = progress(made_up(tmp_path/'r', 'done'))
-    assert p == dict(state='done', step=12, steps=40, loss=1.89, left=56.0)
+    assert p == dict(state='done', step=12, steps=40, loss=1.89)
 
-def test_a_break_does_not_spoil_the_pace(tmp_path):
-    assert progress(made_up(tmp_path/'r', 'done', times=[0, 2, 4, 6, 9006, 9008, 9010, 9012, 9014, 9016, 9018, 9020]))['left'] == 56
+def test_the_panel_and_the_command_say_the_same_time(tmp_path, monkeypatch):
+    begun = time.time() - 24
+    r = made_up(tmp_path/'r', times=[begun-9000, begun-8999] + [begun+2*s for s in range(1, 11)]) # a break, then a step in two seconds
+    status = dict(state='running', step=12, steps=40, created=begun, heartbeat=time.time())
+    monkeypatch.setattr(Run, 'status', lambda self: status)
+    left, follower = progress(r)['left'], Follower(r.folder)
+    assert left == pytest.approx(2*28 - 4, abs=1) and left == pytest.approx(run_panel.progress(status, r.metrics(), time.time())['eta'], abs=1)
+    assert progress(r, follower)['loss'] == 1.89 and follower.offset == (r.folder/'metrics.jsonl').stat().st_size # and reads on from there
+
+def test_a_prepared_run_is_started(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    made_up(tmp_path/'runs'/'mine', 'prepared', 0)
+    assert main(['watch', 'mine']) == 1
+    assert capsys.readouterr().err == 'runs/mine is prepared, not started. To start it: minicpmv_nb watch runs/mine --start\n'
+    monkeypatch.setattr(Run, 'start', lambda self: write_json(self.folder/'status.json', dict(state='done', step=40, steps=40, heartbeat=time.time())))
+    assert main(['watch', 'runs/mine', '--start']) == 0 and capsys.readouterr().out.splitlines()[-1] == 'done: runs/mine/final'
 
 def test_nothing_is_known_yet(tmp_path):
     r = made_up(tmp_path/'r', 'stopped', step=0)

@@ -112,6 +112,15 @@ def test_showing_the_panel_takes_no_time_and_close_ends_it(written, panel_of):
     assert not panel.watcher.is_alive() and time.monotonic()-begin < 2
     assert w.process.poll() is None # the run goes on
 
+def test_a_prepared_run_is_started(written, panel_of, monkeypatch):
+    w = written(alive=False, state='prepared')
+    panel, started = panel_of(w.folder), []
+    assert panel.resume.description == 'Start' and not panel.resume.disabled and panel.stop.disabled
+    monkeypatch.setattr(Run, 'start', lambda run: (started.append(run.folder), w.say('failed')))
+    monkeypatch.setattr(Run, 'cause', lambda run: 'no reason')
+    panel.resume.click(); panel.join()
+    assert started == [w.folder] and panel.said == 'run is starting.' and panel.resume.description == 'Resume' and not panel.resume.disabled
+
 def test_the_settings_change_the_figure(written, panel_of):
     w = written(alive=False, state='done'); w.log(*[line(s, grad_norm=1.0) for s in range(1, 60)])
     panel = panel_of(w.folder)
