@@ -355,6 +355,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'minicpmv_nb.config._fill': ('config.html#_fill', 'minicpmv_nb/config.py'),
                                     'minicpmv_nb.config._fits': ('config.html#_fits', 'minicpmv_nb/config.py'),
                                     'minicpmv_nb.config._join_lines': ('config.html#_join_lines', 'minicpmv_nb/config.py'),
+                                    'minicpmv_nb.config._machine': ('config.html#_machine', 'minicpmv_nb/config.py'),
                                     'minicpmv_nb.config._our_stage': ('config.html#_our_stage', 'minicpmv_nb/config.py'),
                                     'minicpmv_nb.config._ours': ('config.html#_ours', 'minicpmv_nb/config.py'),
                                     'minicpmv_nb.config._pairs': ('config.html#_pairs', 'minicpmv_nb/config.py'),

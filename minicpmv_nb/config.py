@@ -333,8 +333,11 @@ def _join_lines(script:str)->list[str]: # Logical lines without comments
 
 def _fill(text:str, variables:dict, strict:bool=False)->str: # Replace $NAME, ${NAME} and ${NAME:-default}
     def value(m):
-        if strict and m[1] not in variables and m[2] is None: raise ValueError(f'The script uses ${m[1]}, which it does not set: set it there, or write its value in its place.')
-        return variables.get(m[1], m[2] or '')
+        if m[1] not in variables and m[2] is None and not strict: return m[0] # to be told where it is used
+        found = variables.get(m[1], m[0] if m[2] is None else m[2])
+        if strict and (unset := re.search(r'\$\{?(\w+)', found)): raise ValueError(f'The script uses ${unset[1]}, which it does not set: set it there, or write its value in its place.')
+        if strict and re.search(r'\$\(|`', found): raise ValueError(f'The script sets ${m[1]} by a command, which is not run here: write its value in its place.')
+        return found
     return re.sub(r'\$\{?(\w+)(?::-([^}]*))?\}?', value, text)
 
 def _read_script(script:str)->tuple[dict,list[str]]: # Variables, and the words of the torchrun line
@@ -348,7 +351,17 @@ def _read_script(script:str)->tuple[dict,list[str]]: # Variables, and the words 
     return variables, command[:end]
 
 # %% ../nbs/01_config.ipynb #3ef11b71
-TORCHRUN = dict(nproc_per_node='gpus', num_gpus='gpus', nnodes='nnodes', node_rank='node_rank', master_addr='master_addr', master_port='master_port')
+TORCHRUN = dict(nproc_per_node='gpus', num_gpus='gpus', num_processes='gpus', nnodes='nnodes', num_machines='nnodes', node_rank='node_rank', machine_rank='node_rank',
+    master_addr='master_addr', main_process_ip='master_addr', master_port='master_port', main_process_port='master_port')
+
+def _machine(launcher:list[str])->dict: # Fields, from the words between torchrun and the script
+    found = {}
+    for name, value in _pairs([w for w in launcher if w not in ('-m', '-u', 'launch', 'torch.distributed.run', 'torch.distributed.launch')]):
+        if name == 'include': raise ValueError(f'--include {value} chooses GPUs: leave it out, set CUDA_VISIBLE_DEVICES before Python starts, and give their number as --num_gpus.')
+        if name == 'rdzv_endpoint' and value: found |= {k: read_value(k, v) for k, v in zip(('master_addr', 'master_port'), value.rsplit(':', 1))}
+        elif name == 'nproc_per_node' and value in ('gpu', 'auto'): found['gpus'] = None
+        elif name in TORCHRUN: found[TORCHRUN[name]] = read_value(TORCHRUN[name], value)
+    return found
 
 def from_script(
     path:str|Path, # A shell script like the guide's `finetune_lora.sh`
@@ -358,8 +371,8 @@ def from_script(
     variables, words = _read_script(Path(path).read_text(encoding='utf-8'))
     script = next((i for i, w in enumerate(words) if w.endswith('.py') or w == 'minicpmv_nb.training'), None)
     if script is None: raise ValueError(f'{path}: no line "torchrun ... finetune.py --flags" found.')
-    launcher = [w for w in words[1:script] if w not in ('-m', 'torch.distributed.run')]
-    machine = {TORCHRUN[name]: read_value(TORCHRUN[name], value) for name, value in _pairs(launcher) if name in TORCHRUN}
+    machine = _machine(words[1:script])
+    if chosen := variables.get('CUDA_VISIBLE_DEVICES'): print(f'CUDA_VISIBLE_DEVICES={chosen} has no effect here: set it before Python starts.')
     nccl = {f'nccl_{k}_disable': variables.get(f'NCCL_{k.upper()}_DISABLE') == '1' for k in ('p2p', 'ib')}
     cfg = from_flags(words[script+1:], **machine, **nccl)
     return replace(cfg, **changes)

@@ -91,6 +91,19 @@ def test_script_with_arguments_in_single_quotes(tmp_path):
 def test_script_with_a_variable_it_does_not_set(tmp_path):
     with pytest.raises(ValueError, match=r'The script uses \$MODEL, which it does not set'): read(tmp_path, 'torchrun finetune.py --model_name_or_path $MODEL --data_path d\n')
 
+@pytest.mark.parametrize('line, said', [('MODEL="$NOWHERE/models/x"', r'The script uses \$NOWHERE, which it does not set'), ('MODEL=$(pwd)/m', r'The script sets \$MODEL by a command'), ('MODEL=`pwd`/m', r'The script sets \$MODEL by a command')])
+def test_script_with_a_value_that_only_a_shell_knows(tmp_path, line, said):
+    with pytest.raises(ValueError, match=said): read(tmp_path, f'{line}\ntorchrun finetune.py --model_name_or_path $MODEL --data_path d\n')
+
+@pytest.mark.parametrize('launcher, fields', [('accelerate launch --num_processes 8', dict(gpus=8)), ('python -m torch.distributed.launch --nproc_per_node 2', dict(gpus=2)), ('python -u', {}),
+    ('torchrun --nproc_per_node gpu', {}), ('torchrun --rdzv_endpoint=node1:29500', dict(master_addr='node1', master_port=29500))])
+def test_other_launchers(tmp_path, launcher, fields): assert read(tmp_path, f'{launcher} finetune.py --model_name_or_path m --data_path d\n') == Config('m', 'd', **fields)
+
+def test_chosen_gpus_are_not_ignored_in_silence(tmp_path, capsys):
+    with pytest.raises(ValueError, match='--include localhost:0,1 chooses GPUs'): read(tmp_path, 'deepspeed --include localhost:0,1 finetune.py --model_name_or_path m --data_path d\n')
+    read(tmp_path, 'export CUDA_VISIBLE_DEVICES=2,3\ntorchrun finetune.py --model_name_or_path m --data_path d\n')
+    assert 'CUDA_VISIBLE_DEVICES=2,3 has no effect here' in capsys.readouterr().out
+
 def test_script_without_a_command(tmp_path):
     with pytest.raises(ValueError, match=r'run\.sh: no line "torchrun \.\.\. finetune\.py --flags" found\.'): read(tmp_path, 'echo hello\n')
 
