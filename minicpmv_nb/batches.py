@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from . import __version__
 from .prompts import Encoded, Processor, encode, find_long, split_thought, thought_faults
-from .samples import DataError, Problem, Report, Sample, check
+from .samples import DataError, Problem, Report, Sample, check, known_choice
 from .slicing import SlicePlan, cut, to_strip
 
 # %% ../nbs/07_batches.ipynb #fbf495b5
@@ -29,7 +29,8 @@ def load_data(
     watch=None, # As of `samples.counted`
     known:Report|None=None, # What an earlier call found: where it is about the same samples, no text is tokenised and no pixel read again
 )->tuple[list[Sample],Report]: # Good samples, and the report
-    "Check a file against the guide's rules and the checkpoint's length. Raises `DataError` with one row per problem, or when nothing is left."
+    "Check a file against the guide's rules and the checkpoint's length. Raises `DataError` with one row per problem, or when nothing is left; `ValueError` for an unknown policy."
+    known_choice('bad_samples', bad_samples)
     mark = lambda samples: fingerprint(samples, processor, max_length, decode)
     samples, report = check(path, extra_image_tags, decode and not known, watch)
     good = _without(samples, known.problems) if known else []
@@ -38,7 +39,7 @@ def load_data(
     more, report.tokens, report.thoughts = _measure(samples, processor, max_length, str(path), watch)
     report.problems = sorted(report.problems + more, key=lambda p: p.entry)
     samples = _without(samples, more)
-    report.kept, report.fingerprint = len(samples), mark(samples)
+    report.kept, report.text_only, report.fingerprint = len(samples), sum(not s.pictures for s in samples), mark(samples)
     if report.problems and bad_samples == 'error' or not samples: raise DataError(report)
     return samples, report
 
@@ -60,10 +61,12 @@ def fingerprint(
 
 def _measure(samples:list[Sample], processor:Processor, max_length:int, file:str, watch)->tuple[list[Problem],dict,int]: # Problems, lengths in tokens, answers whose thinking is left out
     lengths, problems = find_long(samples, processor, max_length, file, watch)
-    tokens = dict(longest=max(lengths), mean=round(sum(lengths)/len(lengths), 1), model_max_length=max_length) if lengths else {}
-    if not processor.family.template.think: return problems, tokens, 0
-    problems += _thoughts(samples, file)
-    return problems, tokens, sum(bool(split_thought(text)[0]) for s in _without(samples, problems) for _, text in _answers(s)[:-1])
+    think = processor.family.template.think
+    if think: problems += _thoughts(samples, file)
+    bad = {p.entry for p in problems}
+    good = [n for s, n in zip(samples, lengths, strict=True) if s.entry not in bad]
+    tokens = dict(longest=max(good), mean=round(sum(good)/len(good), 1), model_max_length=max_length) if good else {}
+    return problems, tokens, 0 if not think else sum(bool(split_thought(text)[0]) for s in _without(samples, problems) for _, text in _answers(s)[:-1])
 
 def _answers(sample:Sample): return [(i, t.parts[0]) for i, t in enumerate(sample.turns) if t.role == 'assistant'] # (turn, text)
 

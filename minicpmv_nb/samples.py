@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TAG', 'NUMBERED', 'Picture', 'Turn', 'Sample', 'Problem', 'Report', 'DataError', 'read_entries', 'examine_picture',
-           'open_picture', 'counted', 'check']
+           'open_picture', 'counted', 'known_choice', 'check']
 
 # %% ../nbs/02_samples.ipynb #b9e4cc8a
 import json, re, struct
@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from html import escape
 from pathlib import Path
+
+from .config import CHOICES
 
 # %% ../nbs/02_samples.ipynb #38014956
 @dataclass(frozen=True)
@@ -89,14 +91,23 @@ class Report:
 
     def __str__(self)->str:
         rows = [f'  entry {p.entry} (id {p.id}): {p.reason} {p.fix}' for p in self.problems[:20]]
-        kinds = Counter(p.reason for p in self.problems[20:])
-        return '\n'.join([self._head(), *rows, *(f'  ... and {n} more: {reason}' for reason, n in kinds.most_common(10))])
+        return '\n'.join([self._head(), *rows, *(f'  {line}' for line in _left_out(self.problems[20:]))])
 
     def _repr_html_(self)->str:
         cells = lambda values, tag: ''.join(f'<{tag} style="text-align:left">{escape(str(v))}</{tag}>' for v in values)
         rows = ''.join(f'<tr>{cells(row.values(), "td")}</tr>' for row in self.rows()[:200])
         table = f'<table><tr>{cells(("file", "entry", "id", "reason", "what to do"), "th")}</tr>{rows}</table>' if rows else ''
-        return f'<p>{escape(self._head())}</p>{table}'
+        more = '<br>'.join(escape(line) for line in _left_out(self.problems[200:]))
+        return f'<p>{escape(self._head())}</p>{table}' + f'<p>{more}</p>'*bool(more)
+
+def _kind(p:Problem)->str: # The reason without what is particular to the entry
+    if found := re.search(r'The picture .* (does not exist\.)|.* (is not a readable picture) \(\w+\)\.|.* (has more than 8 bits per colour)', p.reason, re.S): return f'A picture {found[1] or found[2] or found[3]}'.rstrip('.') + '.'
+    return re.sub(r'\d+', 'N', p.reason)
+
+def _left_out(problems:list[Problem])->list[str]: # A line for each kind, the most frequent first, and one for their number
+    kinds = Counter(map(_kind, problems)).most_common(10)
+    rest = len(problems) - sum(n for _, n in kinds)
+    return [f'... and {n} more: {kind}' for kind, n in kinds] + [f'... and {rest} more of other kinds']*bool(rest) + [f'{len(problems)} problems are not shown.']*bool(problems)
 
 # %% ../nbs/02_samples.ipynb #6737f85d
 class DataError(ValueError):
@@ -164,7 +175,9 @@ def _misspelt(key:str)->bool: # Whether `image` was meant
 def _paths(entry:dict)->tuple[dict[str,str],list[tuple[str,str]]]: # Path by tag, and (reason, fix) for what is wrong with `image`
     image = entry.get('image')
     if films := [key for key in ('video', 'videos') if entry.get(key)]: return {}, [(f'There is a {films[0]}, and videos are not supported.', 'Give some of its frames as pictures, or remove the entry.')]
-    if image is None: return {}, [(f'No image, but a key {key}.', f'Rename {key} to image.') for key, value in entry.items() if value and _misspelt(key)]
+    other = [key for key, value in entry.items() if value and key != 'image' and _misspelt(key)]
+    if image is None: return {}, [(f'No image, but a key {key}.', f'Rename {key} to image.') for key in other]
+    if other: return {}, [(f'A key {key} beside image.', f'Put its pictures into image, as {{"<image_00>": path, "<image_01>": path, ...}}, or remove {key}.') for key in other]
     if isinstance(image, str): return {TAG: image}, []
     if not isinstance(image, dict): return {}, [(f'image is a {type(image).__name__}.', 'Give one path as a string, or several as {"<image_00>": path, "<image_01>": path, ...}.')]
     if not image: return {}, [('image is an empty dictionary.', 'Remove image from an entry that is text only, or name its pictures.')]
@@ -194,7 +207,8 @@ def _turn(i:int, turn, want:str)->list[tuple[str,str]]: # (reason, fix) for ever
     found, text = [], turn['content']
     if turn['role'] != want: found.append((f'Turn {i} has role {turn["role"]!r}, expected {want!r}.', 'Roles alternate: user, assistant, user, ... after at most one system turn.'))
     if isinstance(text, str) and re.search('[\ud800-\udfff]', text): found.append((f'Turn {i} holds half of a character.', 'Replace the lone \\ud800 to \\udfff in the file.'))
-    if not isinstance(text, str) or not text.strip(): found.append((f'Turn {i} is empty.', f'Write its text, or remove the turn{"" if want == "system" else " and its partner"}.'))
+    if text is not None and not isinstance(text, str): found.append((f'Turn {i} has a {type(text).__name__} as content.', 'Write it as a string; pictures go into "image".'))
+    elif not text or not text.strip(): found.append((f'Turn {i} is empty.', f'Write its text, or remove the turn{"" if want == "system" else " and its partner"}.'))
     return found
 
 def _talk(entry:dict)->list[tuple[str,str]]: # (reason, fix) for everything wrong with the turns
@@ -270,6 +284,7 @@ def _entry(i:int, entry, base:Path, seen:dict, traits:dict, decode:bool, literal
     found = []
     if entry.get('id') in (None, ''): found.append(('No id.', 'Give every entry a unique id.'))
     elif str(entry['id']) in seen: found.append((f'The id is already used by entry {seen[str(entry["id"])]}.', 'Give every entry a unique id.'))
+    if entry.get('system'): found.append(('There is a system text beside conversations.', 'Write it as the first turn: {"role": "system", "content": ...}.'))
     paths, wrong = _paths(entry)
     pictures, unusable = _pictures(entry, base, decode, traits)
     talk = _talk(entry)
@@ -290,13 +305,21 @@ def counted(
         return (yield from tqdm(items, desc=what, delay=3))
     for i, item in enumerate(items): watch(what, i, len(items)); yield item
 
+def known_choice(
+    name:str, # A field of `Config`
+    value, # What was given for it
+)->None:
+    "Raises `ValueError` unless the value is one that the field may have."
+    if value not in CHOICES[name]: raise ValueError(f'{name} is {value!r}: choose one of {", ".join(CHOICES[name])}.')
+
 def check(
     path:str|Path, # A file in the guide's format
     extra_image_tags:str='report', # `literal`: a tag that is no picture of the entry is text
     decode:bool=False, # Read every pixel too, to find truncated pictures
     watch=None, # As of `counted`
 )->tuple[list[Sample],Report]: # The good samples, and what is wrong with the others
-    "Check every entry of a file. Raises as `read_entries` when the file as a whole cannot be used."
+    "Check every entry of a file. Raises as `read_entries` when the file as a whole cannot be used, `ValueError` for an unknown policy."
+    known_choice('extra_image_tags', extra_image_tags)
     entries, samples, seen, traits, report = read_entries(path), [], {}, {}, Report(str(path))
     for i, entry in enumerate(counted(entries, f'checking {Path(path).name}', watch)):
         sample, added, found = _entry(i, entry, Path(path).parent, seen, traits, decode, extra_image_tags == 'literal')

@@ -91,6 +91,19 @@ def test_script_with_arguments_in_single_quotes(tmp_path):
 def test_script_with_a_variable_it_does_not_set(tmp_path):
     with pytest.raises(ValueError, match=r'The script uses \$MODEL, which it does not set'): read(tmp_path, 'torchrun finetune.py --model_name_or_path $MODEL --data_path d\n')
 
+@pytest.mark.parametrize('line, said', [('MODEL="$NOWHERE/models/x"', r'The script uses \$NOWHERE, which it does not set'), ('MODEL=$(pwd)/m', r'The script sets \$MODEL by a command'), ('MODEL=`pwd`/m', r'The script sets \$MODEL by a command')])
+def test_script_with_a_value_that_only_a_shell_knows(tmp_path, line, said):
+    with pytest.raises(ValueError, match=said): read(tmp_path, f'{line}\ntorchrun finetune.py --model_name_or_path $MODEL --data_path d\n')
+
+@pytest.mark.parametrize('launcher, fields', [('accelerate launch --num_processes 8', dict(gpus=8)), ('python -m torch.distributed.launch --nproc_per_node 2', dict(gpus=2)), ('python -u', {}),
+    ('torchrun --nproc_per_node gpu', {}), ('torchrun --rdzv_endpoint=node1:29500', dict(master_addr='node1', master_port=29500))])
+def test_other_launchers(tmp_path, launcher, fields): assert read(tmp_path, f'{launcher} finetune.py --model_name_or_path m --data_path d\n') == Config('m', 'd', **fields)
+
+def test_chosen_gpus_are_not_ignored_in_silence(tmp_path, capsys):
+    with pytest.raises(ValueError, match='--include localhost:0,1 chooses GPUs'): read(tmp_path, 'deepspeed --include localhost:0,1 finetune.py --model_name_or_path m --data_path d\n')
+    read(tmp_path, 'export CUDA_VISIBLE_DEVICES=2,3\ntorchrun finetune.py --model_name_or_path m --data_path d\n')
+    assert 'CUDA_VISIBLE_DEVICES=2,3 has no effect here' in capsys.readouterr().out
+
 def test_script_without_a_command(tmp_path):
     with pytest.raises(ValueError, match=r'run\.sh: no line "torchrun \.\.\. finetune\.py --flags" found\.'): read(tmp_path, 'echo hello\n')
 
@@ -183,10 +196,22 @@ def test_unknown_setting_gives_the_nearest_name(preset):
     (dict(learning_rate=-1e-6), 'learning_rate is -1e-06: it must be positive.'),
     (dict(learning_rate=float('nan')), 'learning_rate is nan: it must be positive.'),
     (dict(model_max_length=0), 'model_max_length is 0: it must be positive.'),
-    (dict(max_slice_nums=0), 'max_slice_nums is 0: it must be positive.')])
+    (dict(max_slice_nums=0), 'max_slice_nums is 0: it must be positive.'),
+    (dict(num_train_epochs=0.0), 'num_train_epochs is 0.0: it must be positive.'),
+    (dict(weight_decay=-0.1), 'weight_decay is -0.1: it must not be negative.'),
+    (dict(vision_weight_decay=-1.0), 'vision_weight_decay is -1.0: it must not be negative.'),
+    (dict(warmup_steps=-1), 'warmup_steps is -1: it must not be negative.'),
+    (dict(max_grad_norm=-1.0), 'max_grad_norm is -1.0: it must not be negative.'),
+    (dict(dataloader_num_workers=-1), 'dataloader_num_workers is -1: it must not be negative.'),
+    (dict(adam_beta2=1.0), 'adam_beta2 is 1.0: it must be at least 0 and below 1.'),
+    (dict(master_port=70000), 'master_port is 70000: give a number from 1 to 65535, or None for a free one.'),
+    (dict(deepspeed=''), "deepspeed is '': give a DeepSpeed JSON, or None."),
+    (dict(offload='all', deepspeed='ds_config_zero2.json'), "offload='all' needs ZeRO-3, which alone splits the weights: set deepspeed='ds_config_zero3.json', or offload='optimizer'.")])
 def test_refused_with_what_to_do(values, message):
     with pytest.raises(ValueError) as e: Config(**NEEDED, **values)
     assert str(e.value) == message
+
+def test_zero_where_it_means_something(): Config(**NEEDED, max_grad_norm=0.0, weight_decay=0.0, warmup_steps=0, dataloader_num_workers=0, adam_beta1=0.0)
 
 def test_tuning_embeddings_alone_is_allowed(): Config(**NEEDED, tune_resampler=False, tune_embeddings=True)
 
@@ -213,12 +238,15 @@ def test_a_file_of_the_user_is_taken_as_it_is(tmp_path):
     cfg = Config(**NEEDED, deepspeed=str(tmp_path/'ds_config_zero3.json'))
     assert deepspeed_json(cfg) == given and zero_stage(cfg) == 1 and deepspeed_notes(cfg) == []
 
-def test_a_scheduler_of_the_user_is_reported(tmp_path):
-    # The official ds_config_zero3.json has one; it silently replaces the cosine the script asks for.
-    file = tmp_path/'mine.json'
-    file.write_text(json.dumps(dict(scheduler=dict(type='WarmupLR'))))
-    assert deepspeed_notes(Config(**NEEDED, deepspeed=str(file))) == [
-        f'{file} has a scheduler (WarmupLR): DeepSpeed uses it instead of lr_scheduler_type=cosine. Remove it from the file to get yours.']
+def test_optimizer_and_scheduler_of_the_user_are_left_out(tmp_path):
+    # The official ds_config_zero2.json has both; each cancels the learning rates of the parts.
+    file, zero = tmp_path/'mine.json', dict(stage=2, overlap_comm=True)
+    auto = dict(lr='auto', betas='auto', eps='auto', weight_decay='auto')
+    file.write_text(json.dumps(dict(zero_optimization=zero, optimizer=dict(type='AdamW', params=auto), scheduler=dict(type='WarmupLR'), train_batch_size='auto')))
+    cfg = Config(**NEEDED, deepspeed=str(file))
+    assert deepspeed_json(cfg) == dict(zero_optimization=zero, train_batch_size='auto')
+    assert deepspeed_notes(cfg) == [f"{file} has an optimizer (AdamW), which is left out: the run's own optim=adamw_torch, with a learning rate and weight decay for each part, applies.",
+        f"{file} has a scheduler (WarmupLR), which is left out: the run's own lr_scheduler_type=cosine applies."]
 
 @pytest.mark.parametrize('name', ['mine.json', 'ds_config_zero1.json', 'ds_config_zero33.json'])
 def test_another_missing_file_is_an_error(tmp_path, name):
@@ -238,6 +266,11 @@ def test_saved_configuration_comes_back(tmp_path, cfg):
     assert load_config(tmp_path/'config.json') == cfg
     assert json.loads((tmp_path/'config.json').read_text())['versions'] == dict(torch='2')
 
+def test_paths_are_saved_as_text(tmp_path):
+    cfg = lora(tmp_path/'m', tmp_path/'d.json', output_dir=tmp_path/'run')
+    save_config(cfg, tmp_path/'config.json')
+    assert load_config(tmp_path/'config.json') == cfg and cfg.output_dir == str(tmp_path/'run')
+
 def test_failed_writing_leaves_the_old_file(tmp_path):
     write_json(tmp_path/'x.json', dict(a=1))
     with pytest.raises(TypeError): write_json(tmp_path/'x.json', dict(a=object()))
@@ -248,6 +281,7 @@ def test_help_lists_every_field():
     listed = [line.split()[0] for line in said.splitlines() if line.startswith('  --')]
     assert listed == [f'--{f.name}' for f in fields(Config)]
     assert "--learning_rate float [1e-6]\n      LoRA usually wants about 1e-4; the guide has 1e-6" in said
+    assert f'--lora_target_modules str [{GUIDE_LORA_TARGETS}]' in said
 
 def test_default_targets_are_the_guides(): assert GUIDE_LORA_TARGETS == LORA['lora_target_modules']
 
@@ -268,7 +302,12 @@ def test_recommended_leaves_alone_what_it_is_told_to():
     cfg = lora('m', 'd')
     assert recommended(cfg, keep={'learning_rate'}) == replace(recommended(cfg), learning_rate=cfg.learning_rate)
 
-@pytest.mark.parametrize('text', ['none', 'None', 'null'])
+def test_recommended_keeps_fp16_and_offloaded_weights():
+    cfg = recommended(lora('m', 'd'), keep=('fp16',))
+    assert cfg.fp16 and not cfg.bf16
+    assert recommended(lora('m', 'd', offload='all')).deepspeed == 'ds_config_zero3.json'
+
+@pytest.mark.parametrize('text', ['none', 'None', 'null', ''])
 def test_nothing_can_be_said_as_a_flag(text): assert from_flags([*NEEDED_FLAGS, '--use_lora', 'true', '--deepspeed', text]).deepspeed is None
 
 def test_recommended_for_full_training():

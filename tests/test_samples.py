@@ -400,8 +400,20 @@ def test_assistant_begins(tmp_path):
     found = problems(tmp_path, entry(conversations=talk()[::-1]))
     assert found == [(0, "Turn 0 has role 'assistant', expected 'user'.", ALTERNATE), (0, "Turn 1 has role 'user', expected 'assistant'.", ALTERNATE)]
 
-@pytest.mark.parametrize('content', ['', ' \n', None, 7, ['Red.']])
-def test_content_is_empty_or_no_string(tmp_path, content):
+@pytest.mark.parametrize('content', [7, True, ['Red.'], [], dict(a=1)])
+def test_content_is_no_string(tmp_path, content):
+    assert problems(tmp_path, entry(conversations=talk(answer=content))) == [(0, f'Turn 1 has a {type(content).__name__} as content.', 'Write it as a string; pictures go into "image".')]
+
+@pytest.mark.parametrize('more, reason', [(dict(images=['a.png']), 'A key images beside image.'), (dict(system='Be brief.'), 'There is a system text beside conversations.')])
+def test_what_would_be_dropped_is_reported(tmp_path, more, reason): assert [r for _, r, _ in problems(tmp_path, entry() | more)] == [reason]
+
+def test_misspelt_policies(tmp_path, tiny):
+    file = write_data(tmp_path, [entry()])
+    with pytest.raises(ValueError, match="extra_image_tags is 'Literal': choose one of report, literal."): check(file, extra_image_tags='Literal')
+    with pytest.raises(ValueError, match="bad_samples is 'raise': choose one of error, skip."): load_data(file, Processor.from_folder(tiny), bad_samples='raise')
+
+@pytest.mark.parametrize('content', ['', ' \n', None])
+def test_content_is_empty(tmp_path, content):
     assert problems(tmp_path, entry(conversations=talk(answer=content))) == [(0, 'Turn 1 is empty.', 'Write its text, or remove the turn and its partner.')]
 
 @pytest.mark.parametrize('turns', [talk()[:1], [SYSTEM], [SYSTEM, *talk()[:1]]])
@@ -548,6 +560,16 @@ def test_many_problems_are_summed_up(tmp_path):
     _, report = check(write_data(tmp_path, [without('id') for _ in range(50)]))
     assert '... and 30 more: No id.' in str(report) and len(report.rows()) == 50
     assert '<table>' in report._repr_html_()
+
+def test_problems_of_a_kind_are_summed_up_together(tmp_path):
+    _, report = check(write_data(tmp_path, [entry(str(i), image=f'gone{i}.png') for i in range(250)]))
+    assert str(report).splitlines()[-2:] == ['  ... and 230 more: A picture does not exist.', '  230 problems are not shown.']
+    assert '50 problems are not shown.' in report._repr_html_()
+
+def test_rejected_samples_are_not_counted(tmp_path, tiny):
+    long = {k: v for k, v in entry('b', conversations=talk('red '*400)).items() if k != 'image'}
+    samples, report = load_data(write_data(tmp_path, [entry('a'), long]), Processor.from_folder(tiny), max_length=300, bad_samples='skip')
+    assert len(samples) == 1 and report.text_only == 0 and report.tokens['longest'] <= 300
 
 def test_report_escapes_what_the_file_says(tmp_path):
     _, report = check(write_data(tmp_path, [entry('<b>x</b>', image='none.png')]))
