@@ -192,12 +192,12 @@ def _logits(model)->torch.Tensor: # Of a fixed prompt and picture
 def peft_merges(
     tuned, # From `add_adapter`; its weights are used up
     files:dict[str,Path], # Of the base, from `weight_files`
-): # Yields names of changed tensors, and what they are in float32
+): # Yields names of changed tensors, and what they are: sums in float32, whole ones in the type of the model
     "What PEFT makes of each tensor that an adapter changes, one at a time."
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
     for name, m in tuned.base_model.model.named_modules():
-        if isinstance(m, ModulesToSaveWrapper): yield from ((f'{name}.{n}', t.float()) for n, t in m.modules_to_save['default'].state_dict().items())
+        if isinstance(m, ModulesToSaveWrapper): yield from ((f'{name}.{n}', t) for n, t in m.modules_to_save['default'].state_dict().items())
         if not isinstance(m, LoraLayer): continue
         weight = m.get_base_layer().weight
         weight.data = read_tensor(files[f'{name}.weight'], f'{name}.weight').float()
@@ -215,7 +215,7 @@ def check_tensors(
     for name, exact in peft_merges(tuned, files):
         before, have = read_tensor(files[name], name), read_tensor(have_files[name], name)
         want = exact.to(before.dtype).float()
-        change, error = (want-before.float()).norm().item(), (have.float()-want).norm().item()
+        change, error = (want-before.float()).norm().item(), (have.to(exact.dtype).float()-want).norm().item()
         if not error <= 0.1*change + 1e-6*want.norm().item(): raise ValueError(f'{name} of {merged} and of base + adapter differ by {error:.1e}, and the adapter changes it by {change:.1e}: it is not merged.')
         moved += change > 0
     return moved
