@@ -82,9 +82,10 @@ def read_adapter(
     return Adapter(config['lora_alpha']/(math.sqrt(config['r']) if config.get('use_rslora') else config['r']), *_sorted_tensors(tensors, folder))
 
 def _sorted_tensors(tensors:dict, folder:Path)->tuple[dict,dict,dict]: # Pairs, whole tensors and sizes of an Adapter
-    stems = lambda end: {n.removesuffix(end) for n in tensors if n.endswith(end)}
-    pairs, sizes = stems('.lora_A.weight') & stems('.lora_B.weight'), stems('.lora_magnitude_vector')
-    known = {f'{s}.lora_{k}.weight' for s in pairs for k in 'AB'} | {f'{s}.lora_magnitude_vector' for s in sizes & pairs}
+    stems = lambda end: [n.removesuffix(end) for n in tensors if n.endswith(end)]
+    pairs = [s for s in stems('.lora_A.weight') if f'{s}.lora_B.weight' in tensors]
+    sizes = [s for s in stems('.lora_magnitude_vector') if s in pairs]
+    known = {f'{s}.lora_{k}.weight' for s in pairs for k in 'AB'} | {f'{s}.lora_magnitude_vector' for s in sizes}
     odd = [n for n in tensors if '.lora_' in n and n not in known]
     if odd: raise ValueError(f'{folder} has tensors that are not plain LoRA and cannot be merged here: {", ".join(odd)}. Leave embeddings and biases out of LoRA, or let PEFT merge it.')
     return {f'{s}.weight': (tensors[f'{s}.lora_A.weight'], tensors[f'{s}.lora_B.weight']) for s in pairs}, {n: t for n, t in tensors.items() if '.lora_' not in n}, {
