@@ -16,9 +16,9 @@ import torch
 
 from .batches import collate, open_all, picture_tensors
 from .families import resolve
-from .model import adapter_notes, generate
+from .model import adapter_notes, fingerprint, generate, say
 from .prompts import Processor, encode, split_thought
-from .quantizing import load_any
+from .quantizing import is_quantized, load_any
 from .samples import DataError, Picture, Sample, Turn, check
 from .tuning import add_adapter
 
@@ -38,10 +38,12 @@ class Chat:
         dtype:torch.dtype|None=None, # None: bfloat16 on a GPU that has it, float32 on a CPU
         max_slices:int|None=None, # None: what the adapter was trained with, or what the checkpoint says
     )->'Chat':
-        "Load a checkpoint to talk to, quantised or not. Raises as `quantizing.load_any` and `tuning.add_adapter`."
+        "Load a checkpoint to talk to, quantised or not; says when an adapter was trained on other weights. Raises as `quantizing.load_any` and `tuning.add_adapter`."
         device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
         if dtype is None: dtype = torch.float32 if device == 'cpu' else torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         folder, _ = resolve(str(folder))
+        trained = adapter_notes(adapter).get('base') if adapter is not None and not is_quantized(folder) else None
+        if trained and trained != fingerprint(folder): say(f'Note: {adapter} was trained on other weights than those in {folder}, and its answers say little there: give the base it was trained on.')
         model = load_any(folder, dtype, device)
         return cls(model if adapter is None else add_adapter(model, adapter), Processor.from_folder(folder, max_slices or adapter_notes(adapter or folder).get('max_slice_nums')))
 
@@ -139,11 +141,13 @@ def answer_file(
     limit:int|None=None, # Entries at most
     extra_image_tags:str='report', # As for training
     watch=None, # Instead of a bar: called after each with the answers so far, and how many entries there are; returning True ends it
+    out:str|Path|None=None, # A file for the answers, complete JSON after each of them
     **how, # `max_new_tokens`, `temperature`, `top_p`
 )->list[dict]: # id, question, expected, answer
-    "Ask the first question of every entry. Raises `DataError` when the file has bad entries."
+    "Ask the first question of every entry. Raises `DataError` when the file has bad entries, `ValueError` for a limit below 1."
     from PIL import Image
     from tqdm.auto import tqdm
+    if limit is not None and limit < 1: raise ValueError(f'limit is {limit}: ask 1 entry at least, or leave it out to ask all.')
     samples, report = check(path, extra_image_tags)
     if report.problems: raise DataError(report)
     found, said = [], lambda text: split_thought(text)[1] if chat.processor.family.template.think else text
@@ -151,8 +155,15 @@ def answer_file(
         pictures = [Image.new('RGB', (p.width, p.height), (128, 128, 128)) for p in s.pictures] if grey else open_all(s)
         asked, text, expected = first_question(s)
         found.append(dict(id=s.id, question=text, expected=said(expected), answer=said(chat.answer(asked, shown_in(asked, pictures), **how))))
+        if out: _write_answer(out, found)
         if watch and watch(found, len(samples[:limit])): break
     return found
+
+def _write_answer(out:str|Path, found:list[dict])->None: # Add the last one: the file is that of json.dumps(found, indent=1)
+    text = json.dumps(found[-1], indent=1, ensure_ascii=False).replace('\n', '\n ')
+    with open(out, 'wb' if len(found) == 1 else 'r+b') as f:
+        if len(found) > 1: f.seek(-2, 2) # over the end of the list
+        f.write(f'{"[" if len(found) == 1 else ","}\n {text}\n]'.encode())
 
 def exact_match(
     answers:list[dict], # From `answer_file`
@@ -177,8 +188,11 @@ def main(
     p.add_argument('--grey', action='store_true', help='show grey pictures instead'); p.add_argument('--limit', type=int, help='entries at most')
     p.add_argument('--max_new_tokens', type=int, default=64)
     a = p.parse_args(argv)
-    answers = answer_file(Chat.load(a.folder, a.adapter), a.data, a.grey, a.limit, max_new_tokens=a.max_new_tokens)
-    if a.out: Path(a.out).write_text(json.dumps(answers, indent=1, ensure_ascii=False), encoding='utf-8')
+    if a.limit is not None and a.limit < 1: p.error(f'--limit is {a.limit}: ask 1 entry at least, or leave it out to ask all.')
+    if a.out:
+        Path(a.out).parent.mkdir(parents=True, exist_ok=True)
+        open(a.out, 'a').close() # can it be written? A model is loaded next
+    answers = answer_file(Chat.load(a.folder, a.adapter), a.data, a.grey, a.limit, out=a.out, max_new_tokens=a.max_new_tokens)
     print(f'exact match {exact_match(answers):.3f} of {len(answers)}, most frequent answer {most_frequent(answers):.3f}')
 
 # %% ../nbs/15_chat.ipynb #8054183f

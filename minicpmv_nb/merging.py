@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'BLOCK', 'PLAIN', 'Stored', 'stored_tensors', 'rows', 'Adapter', 'read_adapter', 'merged_rows', 'merge_file',
-           'disk_space', 'merge', 'compare', 'check_merged', 'named_base', 'find_folders']
+           'disk_space', 'merge', 'compare', 'peft_merges', 'check_tensors', 'check_merged', 'named_base',
+           'find_folders']
 
 # %% ../nbs/14_merging.ipynb #5d2a9e8e
 import json, math, shutil, struct, subprocess, sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .families import resolve
-from .model import adapter_notes, aside, copy_rest, fingerprint, into_place, set_max_slices, weight_files
+from .model import adapter_notes, complete, copy_rest, fingerprint, open_weights, read_tensor, set_max_slices, weight_files
 from .quantizing import is_quantized
 
 # %% ../nbs/14_merging.ipynb #23e32816
@@ -33,7 +34,8 @@ class Stored:
 def stored_tensors(
     file:Path, # A safetensors file
 )->tuple[bytes,dict[str,Stored]]: # The header's bytes, and every tensor in the order of the file
-    "Read the header of a safetensors file."
+    "Read the header of a safetensors file. Raises as `open_weights`."
+    with open_weights(file): pass # is it complete?
     with open(file, 'rb') as f:
         size = f.read(8)
         header = f.read(struct.unpack('<Q', size)[0])
@@ -66,19 +68,28 @@ class Adapter:
 def read_adapter(
     folder:str|Path, # An adapter in PEFT's format
 )->Adapter: # What it changes
-    "Read an adapter's headers. Raises `FileNotFoundError` without the files, `ValueError` for settings that cannot be merged here."
+    "Read an adapter's headers. Raises `FileNotFoundError` without the files, `ValueError` for settings and tensors that cannot be merged here."
     folder = Path(folder)
     if not folder.is_dir(): raise FileNotFoundError(f'There is no folder {folder}: give a final or checkpoint folder of a LoRA run.')
     for name in ('adapter_config.json', 'adapter_model.safetensors'):
         if not (folder/name).is_file(): raise FileNotFoundError(f'{folder} has no {name}: give a final or checkpoint folder of a LoRA run.')
     config = json.loads((folder/'adapter_config.json').read_text(encoding='utf-8'))
+    if config.get('peft_type', 'LORA') != 'LORA': raise ValueError(f'{folder} is an adapter of the kind {config["peft_type"]}, and only LoRA can be merged here: let PEFT merge it.')
     odd = {k: config[k] for k, plain in PLAIN.items() if config.get(k, plain) not in (plain, None)}
     if odd: raise ValueError(f'{folder} uses {odd}, which is not plain LoRA and cannot be merged here.')
     _, tensors = stored_tensors(folder/'adapter_model.safetensors')
     tensors = {n.removeprefix('base_model.model.'): t for n, t in tensors.items()}
-    pairs = {n.replace('.lora_A.weight', '.weight'): (t, tensors[n.replace('lora_A', 'lora_B')]) for n, t in tensors.items() if '.lora_A.' in n}
-    return Adapter(config['lora_alpha']/(math.sqrt(config['r']) if config.get('use_rslora') else config['r']), pairs, {n: t for n, t in tensors.items() if '.lora_' not in n},
-        {n.replace('.lora_magnitude_vector', '.weight'): t for n, t in tensors.items() if n.endswith('.lora_magnitude_vector')})
+    return Adapter(config['lora_alpha']/(math.sqrt(config['r']) if config.get('use_rslora') else config['r']), *_sorted_tensors(tensors, folder))
+
+def _sorted_tensors(tensors:dict, folder:Path)->tuple[dict,dict,dict]: # Pairs, whole tensors and sizes of an Adapter
+    stems = lambda end: [n.removesuffix(end) for n in tensors if n.endswith(end)]
+    pairs = [s for s in stems('.lora_A.weight') if f'{s}.lora_B.weight' in tensors]
+    sizes = [s for s in stems('.lora_magnitude_vector') if s in pairs]
+    known = {f'{s}.lora_{k}.weight' for s in pairs for k in 'AB'} | {f'{s}.lora_magnitude_vector' for s in sizes}
+    odd = [n for n in tensors if '.lora_' in n and n not in known]
+    if odd: raise ValueError(f'{folder} has tensors that are not plain LoRA and cannot be merged here: {", ".join(odd)}. Leave embeddings and biases out of LoRA, or let PEFT merge it.')
+    return {f'{s}.weight': (tensors[f'{s}.lora_A.weight'], tensors[f'{s}.lora_B.weight']) for s in pairs}, {n: t for n, t in tensors.items() if '.lora_' not in n}, {
+        f'{s}.weight': tensors[f'{s}.lora_magnitude_vector'] for s in sizes}
 
 # %% ../nbs/14_merging.ipynb #44cced43
 def merged_rows(
@@ -123,15 +134,14 @@ def disk_space(
     out:str|Path, # Where the merged one goes
 )->tuple[int,int]: # Bytes its weights need, and bytes that are free there
     "Compare before a merge. Raises as `weight_files`."
-    place = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.exists())
+    out = Path(out).expanduser().absolute()
+    place = next(p for p in (out, *out.parents) if p.exists())
     return sum(f.stat().st_size for f in set(weight_files(base).values())), shutil.disk_usage(place).free
 
 def _write_files(files:list, adapter:Adapter, part:Path, watch, out)->None: # One after the other
     from tqdm.auto import tqdm
     def look(done):
-        if not (watch and watch(done, len(files))): return
-        shutil.rmtree(part)
-        raise InterruptedError(f'The merge was stopped; {out} is not written.')
+        if watch and watch(done, len(files)): raise InterruptedError(f'The merge was stopped; {out} is not written.')
     for i, file in enumerate(tqdm(files, desc='merging', delay=2, disable=watch is not None)): look(i); merge_file(file, adapter, part/file.name)
     look(len(files))
 
@@ -150,15 +160,17 @@ def merge(
     _fits(changes, {n: t.shape for f in files for n, t in stored_tensors(f)[1].items()}, adapter)
     notes = adapter_notes(adapter)
     if check and notes.get('base', trained := fingerprint(base)) != trained: raise ValueError(f'{adapter} was trained on other weights than those in {base}. Give the base it was trained on; with check=False it is merged all the same.')
-    needed, free = disk_space(base, out)
-    if needed > free: raise OSError(f'{out} needs {needed/1e9:.1f} GB, and {free/1e9:.1f} GB are free there: make room, or choose another disk.')
-    part = aside(out)
-    copy_rest(base, part)
-    set_max_slices(part, notes.get('max_slice_nums'))
-    for index in base.glob('*.safetensors.index.json'): shutil.copy(index, part)
-    _write_files(files, changes, part, watch, out)
-    if check: tell(compare(base, adapter, part))
-    return into_place(part, out)
+    with complete(out) as part: # first of all the remains of a merge that was killed make room
+        needed, free = disk_space(base, part)
+        if needed > free: raise OSError(f'{out} needs {_size(needed)}, and {_size(free)} are free there: make room, or choose another disk.')
+        copy_rest(base, part)
+        set_max_slices(part, notes.get('max_slice_nums'))
+        for index in base.glob('*.safetensors.index.json'): shutil.copy(index, part)
+        _write_files(files, changes, part, watch, out)
+        if check: tell(compare(base, adapter, part))
+    return Path(out).expanduser()
+
+def _size(n:int)->str: return f'{n/1e9:.1f} GB' if n >= 1e9 else f'{n/1e6:.1f} MB'
 
 def compare(
     base:str|Path, # A checkpoint
@@ -178,20 +190,57 @@ def _logits(model)->torch.Tensor: # Of a fixed prompt and picture
         target_sizes=torch.tensor([[3, 4]]), image_bound=torch.tensor([[4, 4+queries]]), slices_per_sample=torch.tensor([1]))
     with torch.no_grad(): return model.eval()(**inputs)['logits'].float()
 
+def peft_merges(
+    tuned, # From `add_adapter`; its weights are used up
+    files:dict[str,Path], # Of the base, from `weight_files`
+): # Yields names of changed tensors, and what they are: sums in float32, whole ones in the type of the model
+    "What PEFT makes of each tensor that an adapter changes, one at a time."
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+    for name, m in tuned.base_model.model.named_modules():
+        if isinstance(m, ModulesToSaveWrapper): yield from ((f'{name}.{n}', t) for n, t in m.modules_to_save['default'].state_dict().items())
+        if not isinstance(m, LoraLayer): continue
+        weight = m.get_base_layer().weight
+        weight.data = read_tensor(files[f'{name}.weight'], f'{name}.weight').float()
+        m.merge()
+        yield f'{name}.weight', weight.data
+        weight.data = torch.empty(0)
+
+def check_tensors(
+    tuned, # From `add_adapter`; its weights are used up
+    base:str|Path, # Its base
+    merged:str|Path, # The merged checkpoint
+)->int: # How many tensors the rounded change reached
+    "Compare every changed tensor with PEFT's. Raises `ValueError` naming the first that is not base + adapter, rounded once."
+    files, have_files, moved = weight_files(base), weight_files(merged), 0
+    for name, exact in peft_merges(tuned, files):
+        before, have = read_tensor(files[name], name), read_tensor(have_files[name], name)
+        want = exact.to(before.dtype).float()
+        change, error = (want-before.float()).norm().item(), (have.to(exact.dtype).float()-want).norm().item()
+        if not error <= 0.1*change + 1e-6*want.norm().item(): raise ValueError(f'{name} of {merged} and of base + adapter differ by {error:.1e}, and the adapter changes it by {change:.1e}: it is not merged.')
+        moved += change > 0
+    return moved
+
 def check_merged(
     base:str, # A checkpoint
     adapter:str, # An adapter of it
     merged:str, # The merged checkpoint
 )->str: # One line with the difference
-    "Compare base + adapter with the merged checkpoint. Raises `ValueError` when they differ by more than rounding."
+    "Compare base + adapter with the merged checkpoint. Raises `ValueError` when logits or tensors differ by more than rounding."
     from minicpmv_nb.model import load
     from minicpmv_nb.tuning import add_adapter
     dtype = next(iter(stored_tensors(next(iter(weight_files(merged).values())))[1].values())).dtype
-    plain = _logits(load(base, dtype))
-    want, have = _logits(add_adapter(load(base, dtype), adapter)), _logits(load(merged, dtype))
+    tuned = add_adapter(load(base, dtype), adapter)
+    want = _logits(tuned)
+    with tuned.disable_adapter(): plain = _logits(tuned)
+    moved = check_tensors(tuned, base, merged)
+    del tuned
+    have = _logits(load(merged, dtype))
     error, change = ((have-want).norm()/want.norm()).item(), ((want-plain).norm()/want.norm()).item()
     if not error <= (1e-4 if dtype == torch.float32 else 5e-2): raise ValueError(f'Logits of base + adapter and merged differ by {error:.1e} of their size.')
-    return f'merged checkpoint confirmed: logits differ by {error:.1e} of their size from base + adapter (the adapter itself changes them by {change:.1e})'
+    kind = str(dtype).removeprefix('torch.')
+    note = f'. Note: the adapter changes no weight by as much as {kind} can show, so this is the base' if not moved else f'. In {kind} logits alone cannot tell the two from the base; the tensors can, and they are base + adapter, rounded' if error > change/2 else ''
+    return f'merged checkpoint confirmed: logits differ by {error:.1e} of their size from base + adapter (the adapter itself changes them by {change:.1e}){note}'
 
 # %% ../nbs/14_merging.ipynb #d84bc3b9
 #| eval: false
@@ -211,5 +260,6 @@ def find_folders(
     holding:str='adapter_config.json', # A file, or a pattern; `*.safetensors` finds full checkpoints as well
 )->list[Path]: # The newest first
     "Folders up to two levels below that hold such a file."
-    found = {f.parent: f.stat().st_mtime for pattern in (f'*/{holding}', f'*/*/{holding}') for f in Path(folder).glob(pattern) if f.parent.suffix != '.part'}
+    hidden = lambda f: any(p.startswith('.') for p in f.relative_to(folder).parts) # what is being written, or was when a program was killed
+    found = {f.parent: f.stat().st_mtime for pattern in (f'*/{holding}', f'*/*/{holding}') for f in Path(folder).glob(pattern) if not hidden(f)}
     return sorted(found, key=found.get, reverse=True)

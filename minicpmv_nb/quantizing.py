@@ -11,13 +11,12 @@ import json, re
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from .config import Config
 from .families import Family, find_family, read_config, resolve
-from .model import MiniCPMV, aside, check_shapes, copy_rest, fill, into_place, left_out, load, read_tensor, tensor_shapes, weight_files
+from .model import MiniCPMV, check_shapes, complete, copy_rest, fill, left_out, load, open_weights, read_tensor, tell_family, tensor_shapes, weight_files
 
 # %% ../nbs/09_quantizing.ipynb #ebfab48a
 def _bitsandbytes(): # Imported where it is needed
@@ -78,12 +77,13 @@ def load_quantized(
     vision:bool=False, # From a bf16 folder: quantise the tower, too
 )->MiniCPMV: # In evaluation mode
     "Load a checkpoint with four-bit layers, tensor by tensor. Raises as `model.load` and `is_quantized`, and `ImportError` without bitsandbytes."
-    files, config, ready = weight_files(folder), read_config(folder), is_quantized(folder)
+    config, ready, files = read_config(folder), is_quantized(folder), weight_files(folder)
     family = find_family(config, str(Path(folder)/'config.json'))
     with torch.device('meta'): model = MiniCPMV(config)
     want = {n: tuple(p.shape) for n, p in model.state_dict().items()}
     names = packed_layers(files) if ready else quantized_layers(model, vision)
     check_packed(files, want, {f'{n}.weight' for n in names} if ready else set(), family, folder)
+    tell_family(family, left_out(files, family))
     _four_bit(model, names, dtype)
     packed = tuple(f'{n}.weight' for n in names)
     fill(model, {n: f for n, f in files.items() if not n.startswith(packed) and n in want}, dtype, device)
@@ -154,7 +154,7 @@ def nf4_config(
 
 def _pack_file(file:Path, names:set[str], out:Path, device)->dict[str,int]: # Write one weight file; the bytes of each tensor
     tensors = {}
-    with safe_open(file, 'pt') as f:
+    with open_weights(file) as f:
         for name in f.keys():
             t = f.get_tensor(name)
             if name not in names: tensors[name] = t; continue
@@ -175,15 +175,16 @@ def quantize(
     if is_quantized(src): raise ValueError(f'{src} is quantised already: use it as it is.')
     files, config = weight_files(src), read_config(src)
     with torch.device('meta'): model = MiniCPMV(config)
-    names = {f'{n}.weight' for n in quantized_layers(model, vision)}
+    names, want = {f'{n}.weight' for n in quantized_layers(model, vision)}, {n: tuple(p.shape) for n, p in model.state_dict().items()}
+    check_packed(files, want, set(), model.family, src)
     kept = read_tensor(files['llm.model.norm.weight'], 'llm.model.norm.weight').dtype
-    part = aside(out)
-    copy_rest(src, part)
-    (part/'config.json').write_text(json.dumps(config | dict(quantization_config=nf4_config(kept, vision)), indent=2, ensure_ascii=False), encoding='utf-8')
-    sizes = {file.name: _pack_file(file, names, part/file.name, device) for file in tqdm(sorted(set(files.values())), desc='quantising', delay=2)}
-    if len(sizes) > 1: _write_index(sizes, part)
-    check_packed(weight_files(part), {n: tuple(p.shape) for n, p in model.state_dict().items()}, names, model.family, part)
-    return into_place(part, out)
+    with complete(out) as part:
+        copy_rest(src, part)
+        (part/'config.json').write_text(json.dumps(config | dict(quantization_config=nf4_config(kept, vision)), indent=2, ensure_ascii=False), encoding='utf-8')
+        sizes = {file.name: _pack_file(file, names, part/file.name, device) for file in tqdm(sorted(set(files.values())), desc='quantising', delay=2)}
+        if len(sizes) > 1: _write_index(sizes, part)
+        check_packed(weight_files(part), want, names, model.family, part)
+    return Path(out).expanduser()
 
 def _write_index(sizes:dict, folder:Path)->None: # Which file holds which tensor
     index = dict(metadata=dict(total_size=sum(sum(s.values()) for s in sizes.values())), weight_map={n: file for file, s in sizes.items() for n in s})

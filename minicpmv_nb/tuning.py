@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .config import Config, html_table, offloaded, text_table, zero_stage
-from .model import MiniCPMV
+from .config import GUIDE_LORA_TARGETS, Config, html_table, offloaded, text_table, zero_stage
+from .model import MiniCPMV, open_weights
 from .vision import Resampler
 
 # %% ../nbs/08_tuning.ipynb #e5c61b40
@@ -26,7 +26,7 @@ def saved_modules(
     return [name for name, on in wanted if on]
 
 # Groups of linear layers by name
-GROUPS = {'llm.attention': r'llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)', 'llm.mlp': r'llm\..*layers\.\d+\.mlp\.(gate_proj|up_proj|down_proj)',
+GROUPS = {'llm.attention': GUIDE_LORA_TARGETS, 'llm.mlp': r'llm\..*layers\.\d+\.mlp\.(gate_proj|up_proj|down_proj)',
     'vision': r'vpm\..*(self_attn|attn|mlp)\.(q_proj|k_proj|v_proj|out_proj|qkv|proj|fc1|fc2)', 'resampler': r'resampler\.(kv_proj|attn\.out_proj)'}
 
 def target_pattern(
@@ -40,13 +40,20 @@ def lora_targets(
     model:nn.Module, # The untuned model
     targets:str, # Regular expression, matched against whole module names, or names of groups
 )->list[str]: # Names of linear layers
-    "The layers that get LoRA. Raises `ValueError` when the expression is broken or selects none, with what it could have been."
+    "The layers that get LoRA. Raises `ValueError` when the expression is broken, selects none, or something that is not linear, with what it could have been."
     pattern = target_pattern(targets)
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    try: chosen = [n for n in linear if re.fullmatch(pattern, n)]
+    try: found = {n: m for n, m in model.named_modules() if re.fullmatch(pattern, n)}
     except re.error as e: raise ValueError(f'lora_target_modules {targets!r} is not a regular expression: {e}.') from e
+    chosen = [n for n in linear if n in found]
     if not chosen: raise ValueError(f'lora_target_modules {targets!r} matches no linear layer. The whole name must match; there are for example {", ".join(linear[:3])}. Or name groups: {", ".join(GROUPS)}.')
+    other = next((n for n in found if n not in chosen), None)
+    if other is not None: raise ValueError(f'lora_target_modules {targets!r} also matches {other or "the model itself"}, a {type(found[other]).__name__}, and LoRA goes to linear layers only. For those it matches write {_only_linear(pattern, chosen)}')
     return chosen
+
+def _only_linear(pattern:str, names:list[str])->str: # The expression, narrowed to the ends of these names
+    ends = sorted({re.escape('.'.join(n.split('.')[-2:])) for n in names})
+    return rf"(?=({pattern})$)(.*\.)?({'|'.join(ends)})"
 
 def tune(
     model:MiniCPMV, # A loaded checkpoint
@@ -190,8 +197,24 @@ def add_adapter(
     folder:str|Path, # An adapter in PEFT's format, ours or of the official scripts
     trainable:bool=False, # Whether it shall be trained on
 )->nn.Module: # PEFT's wrapper, in evaluation mode
-    "Put an adapter on a model. Raises `FileNotFoundError` when the folder holds none, or only a pickle."
-    from peft import PeftModel
+    "Put an adapter on a model. Raises `FileNotFoundError` when the folder holds none, or only a pickle, and `ValueError` when its tensors are not those of this model's adapter."
+    from peft import PeftConfig, PeftModel
     for name in ('adapter_config.json', 'adapter_model.safetensors'):
         if not (Path(folder)/name).is_file(): raise FileNotFoundError(f'{folder} has no {name}, so it holds no adapter that can be read. Give a checkpoint or final folder of a LoRA run.')
-    return PeftModel.from_pretrained(model, folder, is_trainable=trainable).eval()
+    how = PeftConfig.from_pretrained(folder)
+    how.inference_mode = not trainable
+    tuned = PeftModel(model, how) # what PeftModel.from_pretrained does, with a look at the names between its two halves
+    _check_adapter(tuned, folder)
+    tuned.load_adapter(folder, 'default', is_trainable=trainable)
+    return tuned.eval()
+
+def _check_adapter(tuned:nn.Module, folder:str|Path)->None: # PEFT warns of what is missing and ignores what it does not know
+    from peft import get_peft_model_state_dict
+    file = Path(folder)/'adapter_model.safetensors'
+    with open_weights(file) as f: have = {n: tuple(f.get_slice(n).get_shape()) for n in f.keys()}
+    want = {n: tuple(t.shape) for n, t in get_peft_model_state_dict(tuned, save_embedding_layers=False).items()}
+    whole = {n: tuple(p.shape) for n, p in tuned.named_parameters()} # embeddings, which PEFT sometimes writes beside an adapter
+    parts = dict(missing=sorted(want.keys() - have.keys()), unexpected=sorted(have.keys() - want.keys() - whole.keys()),
+        of_another_shape=[f'{n} {s} instead of {(whole | want)[n]}' for n, s in have.items() if s != (whole | want).get(n, s)])
+    said = [f'{len(names)} {what.replace("_", " ")}: {", ".join(names[:3])}{" ..." if len(names) > 3 else ""}' for what, names in parts.items() if names]
+    if said: raise ValueError(f'The tensors of {file} do not fit the model with its adapter_config.json: {"; ".join(said)}. Give the base it was trained on, and the whole adapter folder; names begin with base_model.model.llm, .vpm or .resampler.')

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minicpmv_nb.config import lora
-from minicpmv_nb.merging import merge
-from minicpmv_nb.model import load, save, weight_files
+from minicpmv_nb.merging import check_merged, find_folders, merge, read_adapter
+from minicpmv_nb.model import aside, load, save, weight_files
 from minicpmv_nb.tuning import add_adapter, tune
 from parity import batch_of, gap
 
@@ -76,6 +76,61 @@ def test_a_result_that_differs_is_not_put_in_place(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(merging, 'read_adapter', lambda folder: replace(read(folder), scale=2*read(folder).scale)) # a wrong formula
     with pytest.raises(ValueError, match='not confirmed(.|\n)*differ by'): merge(tiny, adapter, tmp_path/'merged')
     assert not (tmp_path/'merged').exists()
+
+def sized(adapter, out, scale):
+    "The adapter with another alpha, so with a change of another size."
+    shutil.copytree(adapter, out)
+    config = json.loads((out/'adapter_config.json').read_text())
+    (out/'adapter_config.json').write_text(json.dumps(config | dict(lora_alpha=config['lora_alpha']*scale)))
+    return out
+
+@pytest.mark.parametrize('changes', [{}, dict(use_dora=True)])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_in_16_bits_a_merge_that_did_nothing_is_noticed(tiny, tmp_path, dtype, changes):
+    base = save({n: t.to(dtype) for n, t in load(tiny).state_dict().items()}, tiny, tmp_path/'base')
+    small = sized(adapter_of(tiny, tmp_path/'adapter', tune_vision=False, tune_resampler=False, **changes), tmp_path/'small', .05)
+    with pytest.raises(ValueError, match=r'q_proj.weight of .* and of base \+ adapter differ by .*: it is not merged'): check_merged(str(base), str(small), str(base))
+    merged = merge(base, small, tmp_path/'merged', check=False)
+    said = check_merged(str(base), str(small), str(merged))
+    assert 'confirmed' in said and 'Note' not in said
+
+def test_a_change_that_16_bits_cannot_show_is_a_note(tiny, tmp_path):
+    base = save({n: t.to(torch.bfloat16) for n, t in load(tiny).state_dict().items()}, tiny, tmp_path/'base')
+    nothing = sized(adapter_of(tiny, tmp_path/'adapter', tune_vision=False, tune_resampler=False), tmp_path/'nothing', 1e-12)
+    assert 'Note: the adapter changes no weight by as much as bfloat16 can show' in check_merged(str(base), str(nothing), str(base))
+
+@pytest.mark.parametrize('name', ['llm.model.embed_tokens.lora_embedding_A', 'llm.model.layers.0.self_attn.q_proj.lora_B.bias', 'llm.model.layers.0.mlp.up_proj.lora_A.weight'])
+def test_tensors_it_does_not_know_are_refused(tiny, tmp_path, name):
+    adapter = adapter_of(tiny, tmp_path/'adapter')
+    state = load_file(adapter/'adapter_model.safetensors') | {f'base_model.model.{name}': torch.zeros(4, 4)}
+    save_file(state, adapter/'adapter_model.safetensors')
+    with pytest.raises(ValueError, match=f'not plain LoRA and cannot be merged here: {name}'): read_adapter(adapter)
+
+def test_another_kind_of_adapter_is_refused(tmp_path):
+    (tmp_path/'adapter_config.json').write_text(json.dumps(dict(peft_type='IA3')))
+    save_file(dict(a=torch.zeros(1)), tmp_path/'adapter_model.safetensors')
+    with pytest.raises(ValueError, match='an adapter of the kind IA3, and only LoRA can be merged'): read_adapter(tmp_path)
+
+def test_remains_make_room_and_a_refusal_leaves_nothing(tiny, tmp_path, monkeypatch):
+    from collections import namedtuple
+    adapter, out, size = adapter_of(tiny, tmp_path/'adapter'), tmp_path/'merged', (tiny/'model.safetensors').stat().st_size
+    part = aside(out); (part/'model.safetensors').write_bytes(bytes(size))
+    used = lambda: sum(f.stat().st_size for f in part.rglob('*')) if part.exists() else 0
+    monkeypatch.setattr(shutil, 'disk_usage', lambda _: namedtuple('usage', 'free')(size-used())) # room for one
+    assert (merge(tiny, adapter, out, check=False)/'config.json').is_file()
+    monkeypatch.setattr(shutil, 'disk_usage', lambda _: namedtuple('usage', 'free')(size-1))
+    with pytest.raises(OSError, match=r'again needs \d\.\d MB, and \d\.\d MB are free there'): merge(tiny, adapter, tmp_path/'again', check=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['adapter', 'merged']
+
+def test_a_truncated_shard_of_the_base_is_named(tiny, tmp_path):
+    base = save(load(tiny).state_dict(), tiny, tmp_path/'base', max_shard='1MB')
+    shard = sorted(base.glob('*.safetensors'))[1]; shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f'{shard.name} is not a complete safetensors file'): merge(base, adapter_of(tiny, tmp_path/'adapter'), tmp_path/'merged', check=False)
+
+def test_folders_that_are_being_written_are_not_found(tmp_path):
+    for name in ('first/final', 'first/.final-1', 'first/.deleting', '.first/final', 'alone', '.alone.minicpmv_nb.part'):
+        (tmp_path/name).mkdir(parents=True); (tmp_path/name/'adapter_config.json').write_text('{}')
+    assert {str(f.relative_to(tmp_path)) for f in find_folders(tmp_path)} == {'first/final', 'alone'}
 
 MEASURE = '''
 import resource, sys

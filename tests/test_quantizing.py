@@ -1,5 +1,5 @@
 "Four-bit weights: the bytes of bitsandbytes, the layout of the official int4 folders, training under every ZeRO stage."
-import json
+import json, shutil
 from dataclasses import replace
 
 import pytest
@@ -117,6 +117,32 @@ def test_what_a_quantised_folder_rules_out(bases, int4, mixed, tmp_path):
 def _adapter(base, out):
     prepare_model(qlora(str(base), 'train.json', lora_r=2, **CPU), base).save_pretrained(out, save_embedding_layers=False)
     return out
+
+def test_a_config_that_does_not_fit_is_refused_first(bases, tmp_path, monkeypatch):
+    from minicpmv_nb import quantizing
+    monkeypatch.setattr(quantizing, '_pack_file', lambda *a: pytest.fail('quantised'))
+    odd = shutil.copytree(bases['2.6'], tmp_path/'odd')
+    (odd/'config.json').write_text(json.dumps(json.loads((odd/'config.json').read_text()) | dict(num_hidden_layers=4)))
+    with pytest.raises(ValueError, match='odd does not hold the weights its config.json describes.*missing: llm.model.layers.3'): quantize(odd, tmp_path/'int4')
+    assert [p.name for p in tmp_path.iterdir()] == ['odd']
+
+def test_after_a_failure_nothing_is_left(bases, tmp_path, monkeypatch):
+    from minicpmv_nb import quantizing
+    def full_disk(*a): raise OSError('No space left on device')
+    monkeypatch.setattr(quantizing, '_pack_file', full_disk)
+    with pytest.raises(OSError, match='No space'): quantize(bases['2.6'], tmp_path/'int4')
+    assert not list(tmp_path.iterdir())
+
+def test_home_folder(bases, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path)); monkeypatch.chdir(tmp_path)
+    assert quantize(bases['2.6'], '~/int4') == tmp_path/'int4' and [p.name for p in tmp_path.iterdir()] == ['int4']
+
+def test_what_load_says_of_a_family_is_said(bases, tmp_path, capsys):
+    said = lambda folder: (capsys.readouterr(), load_quantized(folder), capsys.readouterr().out)[2]
+    packed = quantize(bases['o-2.6'], tmp_path/'int4')
+    for folder in (bases['o-2.6'], packed):
+        text = said(folder)
+        assert '3 tensors of apm, audio_projection_layer, tts are left out here' in text and FAMILIES['o-2.6'].unconfirmed in text
 
 def test_quantised_by_something_else(int4, tmp_path):
     other = tmp_path/'gptq'; other.mkdir()

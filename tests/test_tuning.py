@@ -1,6 +1,9 @@
 "Which parameters train, at which rate, and what that costs."
+import re
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from minicpmv_nb.config import full, lora, qlora
 from minicpmv_nb.families import FAMILIES
@@ -35,6 +38,17 @@ def test_the_guides_expression_is_a_group():
 def test_unknown_group(bases):
     with pytest.raises(ValueError, match='Or name groups: llm.attention, llm.mlp, vision, resampler.'): lora_targets(load(bases['2.6']), 'llm.atention')
 
+@pytest.mark.parametrize('targets, said', [(r'llm\..*', 'llm.model, a Qwen2Model'), (r'.*resampler.*', 'resampler, a Resampler'), (r'llm\.model\.layers\.0\..*|vpm\..*', 'llm.model.layers.0.self_attn, a'), ('.*', 'the model itself, a MiniCPMV')])
+def test_what_is_not_linear_is_refused_with_an_expression_that_works(bases, targets, said):
+    model = load(bases['2.6'])
+    with pytest.raises(ValueError, match='linear layers only') as e: lora_targets(model, targets)
+    assert f'also matches {said}' in str(e.value)
+    better = str(e.value).split('For those it matches write ')[1]
+    names = lora_targets(model, better)
+    assert names == [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and re.fullmatch(targets, n)]
+    tuned = tune(model, cfg(bases['2.6'], lora_target_modules=better, tune_resampler=False))
+    assert sum('lora_A' in n for n, _ in tuned.named_parameters()) == len(names)
+
 @pytest.mark.parametrize('targets, flag', [('vision', 'tune_vision'), ('llm.mlp resampler', 'tune_resampler')])
 def test_in_full_and_by_lora(bases, targets, flag):
     with pytest.raises(ValueError, match=f'{flag} trains it in full: set {flag}=False'): tune(load(bases['2.6']), cfg(bases['2.6'], lora_target_modules=targets, **{flag: True}))
@@ -56,6 +70,27 @@ def test_merged_as_peft_merges(bases, tmp_path, changes):
     theirs = add_adapter(load(bases['2.6']), adapter).merge_and_unload().state_dict()
     ours = load(merge(bases['2.6'], adapter, tmp_path/'merged')).state_dict()
     assert theirs.keys() == ours.keys() and all(torch.allclose(ours[n], theirs[n], atol=1e-6) for n in ours)
+
+
+# --- an adapter that does not fit ------------------------------------------------------------------------------------
+
+RENAMED = lambda state: {n.replace('model.llm.', 'model.'): t for n, t in state.items()}
+@pytest.mark.parametrize('change, said', [(RENAMED, 'missing: base_model.model.llm.model.layers.0.self_attn.k_proj.lora_A.weight.* unexpected: base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight'),
+    (lambda state: {n: t for n, t in state.items() if 'resampler' not in n}, 'missing: base_model.model.resampler.attn.in_proj_bias'),
+    (lambda state: {n: t[:2].contiguous() if n.endswith('0.self_attn.q_proj.lora_A.weight') else t for n, t in state.items()}, r'of another shape: .*0.self_attn.q_proj.lora_A.weight \(2, 128\) instead of \(4, 128\)')])
+def test_adapter_whose_tensors_do_not_fit(bases, tmp_path, change, said):
+    adapter = adapter_of(bases['2.6'], tmp_path/'adapter')
+    save_file(change(load_file(adapter/'adapter_model.safetensors')), adapter/'adapter_model.safetensors')
+    with pytest.raises(ValueError, match=f'do not fit the model with its adapter_config.json: .*{said}'): add_adapter(load(bases['2.6']), adapter)
+
+def test_embeddings_beside_an_adapter_are_welcome(bases, tmp_path):
+    # PEFT writes them when it takes the vocabulary for a new one.
+    adapter = adapter_of(bases['2.6'], tmp_path/'adapter')
+    state = load_file(adapter/'adapter_model.safetensors')
+    save_file(state | {'base_model.model.llm.lm_head.weight': load(bases['2.6']).llm.lm_head.weight.detach()*2}, adapter/'adapter_model.safetensors')
+    tuned = add_adapter(load(bases['2.6']), adapter, trainable=True)
+    assert torch.equal(tuned.base_model.model.llm.lm_head.weight, load(bases['2.6']).llm.lm_head.weight*2)
+    assert any(p.requires_grad for p in tuned.parameters()) and not any(p.requires_grad for n, p in add_adapter(load(bases['2.6']), adapter).named_parameters() if 'lora_' in n)
 
 
 # --- rates -----------------------------------------------------------------------------------------------------------
