@@ -351,17 +351,19 @@ def _read_script(script:str)->tuple[dict,list[str]]: # Variables, and the words 
     return variables, command[:end]
 
 # %% ../nbs/01_config.ipynb #3ef11b71
-TORCHRUN = dict(nproc_per_node='gpus', num_gpus='gpus', num_processes='gpus', nnodes='nnodes', num_machines='nnodes', node_rank='node_rank', machine_rank='node_rank',
+TORCHRUN = dict(nproc_per_node='gpus', num_gpus='gpus', nnodes='nnodes', num_machines='nnodes', node_rank='node_rank', machine_rank='node_rank',
     master_addr='master_addr', main_process_ip='master_addr', master_port='master_port', main_process_port='master_port')
 
 def _machine(launcher:list[str])->dict: # Fields, from the words between torchrun and the script
-    found = {}
+    found, total = {}, None
     for name, value in _pairs([w for w in launcher if w not in ('-m', '-u', 'launch', 'torch.distributed.run', 'torch.distributed.launch')]):
         if name == 'include': raise ValueError(f'--include {value} chooses GPUs: leave it out, set CUDA_VISIBLE_DEVICES before Python starts, and give their number as --num_gpus.')
         if name == 'rdzv_endpoint' and value: found |= {k: read_value(k, v) for k, v in zip(('master_addr', 'master_port'), value.rsplit(':', 1))}
         elif name == 'nproc_per_node' and value in ('gpu', 'auto'): found['gpus'] = None
+        elif name == 'num_processes': total = read_value('gpus', value)
         elif name in TORCHRUN: found[TORCHRUN[name]] = read_value(TORCHRUN[name], value)
-    return found
+    if total and total % found.get('nnodes', 1): raise ValueError(f'--num_processes {total} cannot be shared equally by {found["nnodes"]} machines: accelerate counts the processes of all of them.')
+    return found | (dict(gpus=total//found.get('nnodes', 1)) if total else {})
 
 def from_script(
     path:str|Path, # A shell script like the guide's `finetune_lora.sh`

@@ -94,6 +94,7 @@ def _to_chat(w:Workbench)->None: # What was merged, or what the run left
     merged = near(w.merge.done) if w.merge.done and run and w.merge.adapter.value == near(run.final) else None
     left = merged or (near(run.final) if run and run.final.is_dir() else None)
     _ask_next(w, left)
+    if w.data.checked: w.chat.extra_image_tags = w.data.settings['extra_image_tags']
     w.chat.refresh()
 
 def _ask_next(w:Workbench, tuned:str|None)->None: # Unless another was typed, or the chat is answering, which a change of models would cut off

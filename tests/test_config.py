@@ -95,7 +95,7 @@ def test_script_with_a_variable_it_does_not_set(tmp_path):
 def test_script_with_a_value_that_only_a_shell_knows(tmp_path, line, said):
     with pytest.raises(ValueError, match=said): read(tmp_path, f'{line}\ntorchrun finetune.py --model_name_or_path $MODEL --data_path d\n')
 
-@pytest.mark.parametrize('launcher, fields', [('accelerate launch --num_processes 8', dict(gpus=8)), ('python -m torch.distributed.launch --nproc_per_node 2', dict(gpus=2)), ('python -u', {}),
+@pytest.mark.parametrize('launcher, fields', [('accelerate launch --num_processes 8', dict(gpus=8)), ('accelerate launch --num_processes 8 --num_machines 2 --main_process_ip node1', dict(gpus=4, nnodes=2, master_addr='node1')), ('python -m torch.distributed.launch --nproc_per_node 2', dict(gpus=2)), ('python -u', {}),
     ('torchrun --nproc_per_node gpu', {}), ('torchrun --rdzv_endpoint=node1:29500', dict(master_addr='node1', master_port=29500))])
 def test_other_launchers(tmp_path, launcher, fields): assert read(tmp_path, f'{launcher} finetune.py --model_name_or_path m --data_path d\n') == Config('m', 'd', **fields)
 
