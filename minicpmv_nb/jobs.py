@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PATIENCE', 'END', 'LIVE', 'SILENCE', 'fit_machine', 'check_port', 'fit_network', 'interface', 'torchrun',
            'clear_locks', 'script_text', 'write_script', 'RunFailed', 'Run', 'alive', 'find_runs', 'wait', 'cause',
-           'stop', 'resume', 'start', 'fill_in', 'check_files', 'run_folder', 'own_deepspeed', 'launch', 'slurm']
+           'stop', 'resume', 'start', 'fill_in', 'check_files', 'check_resume', 'run_folder', 'own_deepspeed', 'launch',
+           'slurm']
 
 # %% ../nbs/13_jobs.ipynb #94c15c44
 import hashlib, json, os, re, shlex, socket, subprocess, sys, time
@@ -403,10 +404,16 @@ def fill_in(
 def check_files(
     cfg:Config, # What was asked for
 )->None:
-    "See whether the files of a run are there, before a model is downloaded or loaded. Raises `FileNotFoundError`."
+    "See whether the files of a run are there, before a model is downloaded or loaded. Raises `FileNotFoundError`, also as `check_resume`."
     named = dict(data_path=cfg.data_path, eval_data_path=cfg.eval_data_path if cfg.do_eval else None)
     for field, path in named.items():
         if path and not Path(path).expanduser().is_file(): raise FileNotFoundError(f'{field} is {path}, which is no file here. Give the JSON of the conversations.')
+    check_resume(cfg)
+
+def check_resume(
+    cfg:Config, # What was asked for
+)->None:
+    "See whether the checkpoint to go on from is there. Raises `FileNotFoundError`."
     start = cfg.resume_from_checkpoint
     if start and start != 'auto' and not (Path(start).expanduser()/'trainer_state.json').is_file():
         raise FileNotFoundError(f'resume_from_checkpoint is {start}, which is no checkpoint of a run. Give a folder such as runs/first/checkpoint-100, or "auto" for the newest one in output_dir.')

@@ -430,7 +430,7 @@ def complete(
     "Write a folder that is complete or absent: put in its place at the end, removed after an error. Raises as `aside`."
     part = aside(out)
     try: yield part
-    except BaseException: shutil.rmtree(part); raise
+    except BaseException: shutil.rmtree(part, ignore_errors=True); raise
     into_place(part, out)
 
 def save(

@@ -22,7 +22,7 @@ from .config import NAMES, Config, deepspeed_json, from_script, full, load_confi
 from .diagnosis import Machine, this_machine
 from .estimating import OF_THE_MODEL, Estimate, Work, estimate, heaviest
 from .families import check_llm_type, find_family, look_up
-from .jobs import Run, fill_in, own_deepspeed, run_folder, script_text
+from .jobs import Run, check_resume, fill_in, own_deepspeed, run_folder, script_text
 from .panels import Panel, details, stamp
 from .quantizing import refuse_four_bit
 from .tuning import target_pattern
@@ -94,10 +94,6 @@ def _file(path:str, what:str)->None: # Raises unless it is there
     if not path: raise ValueError(f'Give {what} in the format of the guide.')
     if not Path(path).expanduser().is_file(): raise ValueError(f'There is no file {path}.')
 
-def _resumable(cfg:Config)->None: # Raises unless the checkpoint to go on from is there
-    start = cfg.resume_from_checkpoint
-    if start and start != 'auto' and not Path(start).expanduser().is_dir(): raise ValueError(f'resume_from_checkpoint is {start!r}: there is no such folder. Give a checkpoint folder of a run, or auto for the newest of the run folder.')
-
 def _compiled(cfg:Config)->None: # Raises for a broken expression
     try: re.compile(target_pattern(cfg.lora_target_modules))
     except re.error as e: raise ValueError(f'lora_target_modules is no regular expression: {e}.') from e
@@ -109,7 +105,7 @@ def _known(field:str, cfg:Config, names)->None: # Raises unless the value is one
 def _checks(cfg:Config, model:dict|None, folder:Path|None)->list[tuple]: # (field, what raises when it is wrong)
     return [('model_name_or_path', lambda: model and find_family(model, f'{cfg.model_name_or_path}/config.json')), ('llm_type', lambda: model and check_llm_type(find_family(model), cfg.llm_type)),
         ('data_path', lambda: _file(cfg.data_path, 'a training file')), ('eval_data_path', lambda: cfg.do_eval and _file(cfg.eval_data_path, 'an evaluation file')),
-        ('resume_from_checkpoint', lambda: _resumable(cfg)), ('lora_target_modules', lambda: cfg.use_lora and _compiled(cfg)), ('lr_scheduler_type', lambda: _known('lr_scheduler_type', cfg, SchedulerType)), ('optim', lambda: _known('optim', cfg, OptimizerNames)),
+        ('resume_from_checkpoint', lambda: check_resume(cfg)), ('lora_target_modules', lambda: cfg.use_lora and _compiled(cfg)), ('lr_scheduler_type', lambda: _known('lr_scheduler_type', cfg, SchedulerType)), ('optim', lambda: _known('optim', cfg, OptimizerNames)),
         ('deepspeed', lambda: cfg.deepspeed and deepspeed_json(cfg)), ('q_lora', lambda: folder and refuse_four_bit(cfg, folder))]
 
 def obstacles(

@@ -90,7 +90,8 @@ def test_no_path_is_no_working_folder():
 
 def test_a_checkpoint_to_go_on_from_must_be_there(tmp_path):
     said = lambda start: obstacles(lora('', '', resume_from_checkpoint=start), None, None).get('resume_from_checkpoint')
-    assert said('nowhere').startswith("resume_from_checkpoint is 'nowhere': there is no such folder.")
+    assert said('nowhere').startswith('resume_from_checkpoint is nowhere, which is no checkpoint of a run.') and said(str(tmp_path))
+    (tmp_path/'trainer_state.json').write_text('{}')
     assert [said(start) for start in (None, 'auto', str(tmp_path))] == [None]*3
 
 def test_the_memory_of_data_in_the_home(tiny, drawn, monkeypatch):
