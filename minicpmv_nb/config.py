@@ -324,7 +324,7 @@ def _join_lines(script:str)->list[str]: # Logical lines without comments
     lines, open_line = [], ''
     for line in script.splitlines():
         code = re.sub(r'\\\s*(#.*)?$', '\\\\', line.rstrip()) # `\ # why` continues the line as well
-        code = re.sub(r'(^|\s)#.*$', '', code) if not code.endswith('\\') else code
+        code = re.sub(r'''^((?:"[^"]*"|'[^']*'|[^"'\s]|\s(?!#))*)(?:^|\s)#.*$''', r'\1', code) if not code.endswith('\\') else code
         rest = re.sub(r'"[^"]*"', '', (open_line + code).replace('\\"', '')) # without closed double quotes, an apostrophe in which means nothing
         in_quotes = rest.count('"') % 2 or re.sub(r"'[^']*'", '', rest).count("'")
         open_line += (code[:-1] if code.endswith('\\') else code) + ' '

@@ -387,5 +387,5 @@ def find_long(
         encoded = encode(sample.turns, processor)
         lengths.append(len(encoded.input_ids))
         pictures = token_costs(encoded)['pictures']
-        if lengths[-1] > max_length: problems.append(Problem(file, sample.entry, sample.id, f'{lengths[-1]} tokens ({pictures} for pictures), more than model_max_length {max_length}.', f'Set model_max_length to {lengths[-1]}, lower max_slice_nums, or shorten the text.'))
+        if lengths[-1] > max_length: problems.append(Problem(file, sample.entry, sample.id, f'{lengths[-1]} tokens ({pictures} for pictures), more than model_max_length {max_length}.', f'Set model_max_length to {lengths[-1]}, {"lower max_slice_nums, "*bool(pictures)}or shorten the text.'))
     return lengths, problems

@@ -345,3 +345,6 @@ def test_fp16_on_a_bf16_checkpoint(fp16, dtype, notes): assert len(precision_not
 @pytest.mark.parametrize('name, meant', [('lr', 'learning_rate'), ('batch_size', 'per_device_train_batch_size'), ('rank', 'lora_r'), ('device', 'use_cpu')])
 def test_names_of_other_programs(name, meant):
     with pytest.raises(TypeError, match=f'There is no setting {name!r}. Did you mean {meant}[?]'): lora('m', 'd', **{name: 1})
+
+def test_a_hash_in_quotes_is_no_comment(tmp_path):
+    assert read(tmp_path, 'DATA="my #1.json" # the first\nMODEL=m # it\'s small\ntorchrun finetune.py --model_name_or_path $MODEL --data_path "$DATA" # go\n') == Config('m', 'my #1.json')
