@@ -787,6 +787,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'minicpmv_nb.jobs.write_script': ('jobs.html#write_script', 'minicpmv_nb/jobs.py')},
             'minicpmv_nb.merging': { 'minicpmv_nb.merging.Adapter': ('merging.html#adapter', 'minicpmv_nb/merging.py'),
                                      'minicpmv_nb.merging.Stored': ('merging.html#stored', 'minicpmv_nb/merging.py'),
+                                     'minicpmv_nb.merging._complete': ('merging.html#_complete', 'minicpmv_nb/merging.py'),
                                      'minicpmv_nb.merging._fits': ('merging.html#_fits', 'minicpmv_nb/merging.py'),
                                      'minicpmv_nb.merging._logits': ('merging.html#_logits', 'minicpmv_nb/merging.py'),
                                      'minicpmv_nb.merging._size': ('merging.html#_size', 'minicpmv_nb/merging.py'),

@@ -8,7 +8,7 @@ __all__ = ['COMMON', 'COMMANDS', 'RAISE', 'METHODS', 'NO_DATA', 'WORDS', 'docmen
 
 # %% ../nbs/27_command.ipynb #76f001ab
 import argparse, difflib, json, opcode, os, re, shlex, shutil, sys, textwrap, time, warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -243,7 +243,7 @@ def _asked(a, rest, p, **defaults)->Config: # A configuration, or exit code 2
 
 def _estimate(a, rest, p)->None:
     cfg = _asked(a, rest, p, data_path=NO_DATA)
-    if cfg.data_path != NO_DATA and not Path(cfg.data_path).is_file(): raise FileNotFoundError(f'There is no data file {cfg.data_path}. Correct the path, or leave the flag out.')
+    if cfg.data_path != NO_DATA and not Path(cfg.data_path).expanduser().is_file(): raise FileNotFoundError(f'There is no data file {cfg.data_path}. Correct the path, or leave the flag out.')
     from minicpmv_nb.estimating import estimate
     print(estimate(cfg if cfg.data_path != NO_DATA else replace(cfg, data_path='')))
 

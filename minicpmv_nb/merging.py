@@ -34,14 +34,16 @@ class Stored:
 def stored_tensors(
     file:Path, # A safetensors file
 )->tuple[bytes,dict[str,Stored]]: # The header's bytes, and every tensor in the order of the file
-    "Read the header of a safetensors file. Raises as `open_weights`."
-    with open_weights(file): pass # is it complete?
+    "Read the header of a safetensors file, which need not be complete."
     with open(file, 'rb') as f:
         size = f.read(8)
         header = f.read(struct.unpack('<Q', size)[0])
     base, info = 8+len(header), json.loads(header)
     found = {n: Stored(file, DTYPES[t['dtype']], tuple(t['shape']), base+t['data_offsets'][0], base+t['data_offsets'][1]) for n, t in info.items() if n != '__metadata__'}
     return size+header, dict(sorted(found.items(), key=lambda item: item[1].start))
+
+def _complete(file:Path)->dict[str,Stored]: # The tensors of a file that has them all
+    with open_weights(file): return stored_tensors(file)[1]
 
 def rows(
     t:Stored, # A tensor
@@ -77,7 +79,7 @@ def read_adapter(
     if config.get('peft_type', 'LORA') != 'LORA': raise ValueError(f'{folder} is an adapter of the kind {config["peft_type"]}, and only LoRA can be merged here: let PEFT merge it.')
     odd = {k: config[k] for k, plain in PLAIN.items() if config.get(k, plain) not in (plain, None)}
     if odd: raise ValueError(f'{folder} uses {odd}, which is not plain LoRA and cannot be merged here.')
-    _, tensors = stored_tensors(folder/'adapter_model.safetensors')
+    tensors = _complete(folder/'adapter_model.safetensors')
     tensors = {n.removeprefix('base_model.model.'): t for n, t in tensors.items()}
     return Adapter(config['lora_alpha']/(math.sqrt(config['r']) if config.get('use_rslora') else config['r']), *_sorted_tensors(tensors, folder))
 
@@ -157,7 +159,7 @@ def merge(
     base, changes = resolve(str(base))[0], read_adapter(adapter)
     if is_quantized(base): raise ValueError(f'{base} is quantised, and a sum of four-bit weights and an adapter cannot be kept in four bits. Merge into the bf16 checkpoint, and quantise the result if you like.')
     files = sorted(set(weight_files(base).values()))
-    _fits(changes, {n: t.shape for f in files for n, t in stored_tensors(f)[1].items()}, adapter)
+    _fits(changes, {n: t.shape for f in files for n, t in _complete(f).items()}, adapter)
     notes = adapter_notes(adapter)
     if check and notes.get('base', trained := fingerprint(base)) != trained: raise ValueError(f'{adapter} was trained on other weights than those in {base}. Give the base it was trained on; with check=False it is merged all the same.')
     with complete(out) as part: # first of all the remains of a merge that was killed make room
