@@ -22,7 +22,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 
 from . import __version__
 from .batches import SampleDataset, collate, data_hash, load_data
-from .config import Config, clock, deepspeed_json, deepspeed_notes, flag_help, precision_notes, from_flags, read_metrics, read_status, save_config, write_json, write_status, zero_stage
+from .config import Config, clock, deepspeed_json, deepspeed_notes, flag_help, load_config, precision_notes, from_flags, read_metrics, read_status, save_config, write_json, write_status, zero_stage
 from .families import check_llm_type, find_family, read_config, resolve
 from .model import NOTES, check_shapes, fingerprint, read_tensor, say, tensor_shapes, weight_files, write_checkpoint
 from .prompts import Processor
@@ -428,7 +428,7 @@ def train(
     pulse:Pulse|None=None, # The same for a rank that hangs
     callbacks:tuple=(), # Of transformers' Trainer, or classes of them, which are made when everything is loaded
 )->Path|None: # `final` in the run folder; None when stopped before the end
-    "Train in this process, as one rank of a job or alone. Raises `FileExistsError` for a folder with files of something else, or with another run unless it is resumed; what fails later is in status.json as well."
+    "Train in this process, as one rank of a job or alone. Raises `FileExistsError` for a folder with files of something else, or with a run of other settings unless it is resumed; what fails later is in status.json as well."
     cfg = with_folder(cfg)
     refuse_foreign(cfg.output_dir)
     _refuse_second(cfg)
@@ -438,8 +438,9 @@ def train(
         raise
 
 def _refuse_second(cfg:Config)->None: # Two runs in a folder would share checkpoints, and `config.json` would be that of the first
-    if not cfg.resume_from_checkpoint and (newest_checkpoint(cfg.output_dir) or (Path(cfg.output_dir)/'final').exists()):
-        raise FileExistsError(f'{cfg.output_dir} holds a run already. Use another output_dir, or go on with it: resume_from_checkpoint="auto".')
+    used = newest_checkpoint(cfg.output_dir) or (Path(cfg.output_dir)/'final').exists()
+    if used and not cfg.resume_from_checkpoint and load_config(Path(cfg.output_dir)/'config.json') != cfg: # its own run.sh may repeat it
+        raise FileExistsError(f'{cfg.output_dir} holds another run already. Use another output_dir, or go on with that one: resume_from_checkpoint="auto".')
 
 def _train(cfg:Config, stop:Stop|None, pulse:Pulse|None, callbacks:tuple)->Path|None:
     trainer = _start(cfg, [guard for guard in (stop, pulse) if guard] + list(callbacks))

@@ -408,7 +408,7 @@ def test_a_run_inside_the_model_folder_is_not_copied_into_itself(tiny, tmp_path)
 def test_a_used_folder_is_not_trained_in_again(cfg):
     train(cfg)
     before = {p: p.read_bytes() for p in Path(cfg.output_dir).rglob('*') if p.is_file()}
-    with pytest.raises(FileExistsError, match='holds a run already. Use another output_dir, or go on with it'): train(replace(cfg, learning_rate=1e-5))
+    with pytest.raises(FileExistsError, match='holds another run already. Use another output_dir, or go on with that one'): train(replace(cfg, learning_rate=1e-5))
     assert before == {p: p.read_bytes() for p in before} # nor is anything said of it
     (Path(cfg.output_dir)/'checkpoint-4').rename(Path(cfg.output_dir)/'checkpoint-4-good')
     assert newest_checkpoint(cfg.output_dir).name == 'checkpoint-2' # a copy is the user's
