@@ -296,7 +296,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'minicpmv_nb.chat.Talk': ('chat.html#talk', 'minicpmv_nb/chat.py'),
                                   'minicpmv_nb.chat._chat': ('chat.html#_chat', 'minicpmv_nb/chat.py'),
                                   'minicpmv_nb.chat._reply': ('chat.html#_reply', 'minicpmv_nb/chat.py'),
-                                  'minicpmv_nb.chat._write_answer': ('chat.html#_write_answer', 'minicpmv_nb/chat.py'),
                                   'minicpmv_nb.chat.answer_file': ('chat.html#answer_file', 'minicpmv_nb/chat.py'),
                                   'minicpmv_nb.chat.ask_turns': ('chat.html#ask_turns', 'minicpmv_nb/chat.py'),
                                   'minicpmv_nb.chat.exact_match': ('chat.html#exact_match', 'minicpmv_nb/chat.py'),

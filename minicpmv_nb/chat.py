@@ -6,7 +6,7 @@
 __all__ = ['Chat', 'Talk', 'ask_turns', 'first_question', 'shown_in', 'answer_file', 'exact_match', 'most_frequent', 'main']
 
 # %% ../nbs/15_chat.ipynb #08ecc7a7
-import argparse, json
+import argparse
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from .batches import collate, open_all, picture_tensors
+from .config import write_json
 from .families import resolve
 from .model import adapter_notes, fingerprint, generate, say
 from .prompts import Processor, encode, split_thought
@@ -155,15 +156,9 @@ def answer_file(
         pictures = [Image.new('RGB', (p.width, p.height), (128, 128, 128)) for p in s.pictures] if grey else open_all(s)
         asked, text, expected = first_question(s)
         found.append(dict(id=s.id, question=text, expected=said(expected), answer=said(chat.answer(asked, shown_in(asked, pictures), **how))))
-        if out: _write_answer(out, found)
+        if out: write_json(out, found) # whole after each answer, whatever happens next
         if watch and watch(found, len(samples[:limit])): break
     return found
-
-def _write_answer(out:str|Path, found:list[dict])->None: # Add the last one: the file is that of json.dumps(found, indent=1)
-    text = json.dumps(found[-1], indent=1, ensure_ascii=False).replace('\n', '\n ')
-    with open(out, 'wb' if len(found) == 1 else 'r+b') as f:
-        if len(found) > 1: f.seek(-2, 2) # over the end of the list
-        f.write(f'{"[" if len(found) == 1 else ","}\n {text}\n]'.encode())
 
 def exact_match(
     answers:list[dict], # From `answer_file`
