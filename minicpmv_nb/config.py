@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['GUIDE_LORA_TARGETS', 'TYPES', 'NAMES', 'CHOICES', 'POSITIVE', 'NOT_NEGATIVE', 'NEEDS_ZERO3', 'GUIDE', 'DEFAULTS',
-           'ALIASES', 'OTHER_NAMES', 'NO_EFFECT', 'TORCHRUN', 'LEFT_OUT', 'BETTER', 'Config', 'kinds_of', 'faults',
-           'named_fields', 'nearest_name', 'make_config', 'lora', 'qlora', 'full', 'read_value', 'from_flags',
+           'ALIASES', 'PRESETS', 'OTHER_NAMES', 'NO_EFFECT', 'TORCHRUN', 'LEFT_OUT', 'BETTER', 'Config', 'kinds_of',
+           'faults', 'named_fields', 'nearest_name', 'make_config', 'lora', 'qlora', 'full', 'read_value', 'from_flags',
            'to_flags', 'documented', 'flag_help', 'from_script', 'zero_stage', 'offloaded', 'deepspeed_json',
            'check_batch', 'precision_notes', 'deepspeed_notes', 'save_config', 'load_config', 'write_json',
-           'better_values', 'recommended', 'write_status', 'read_status', 'read_metrics', 'clock', 'text_table',
-           'html_table']
+           'better_values', 'recommended', 'write_status', 'read_status', 'read_metrics', 'clock', 'size_text',
+           'text_table', 'html_table']
 
 # %% ../nbs/01_config.ipynb #51096afc
 import difflib, json, math, os, re, shlex, time
@@ -244,6 +244,8 @@ def full(
     "The guide's full fine-tuning. Raises as `lora`."
     base = dict(GUIDE, tune_llm=True, gradient_accumulation_steps=1, do_eval=eval_data_path is not None)
     return make_config(dict(base, model_name_or_path=model_name_or_path, data_path=data_path, eval_data_path=eval_data_path) | changes)
+
+PRESETS = dict(lora=lora, qlora=qlora, full=full)
 
 # %% ../nbs/01_config.ipynb #cc59a7de
 OTHER_NAMES = dict(eval_strategy='evaluation_strategy', no_cuda='use_cpu', max_length='model_max_length', lora_rank='lora_r', num_epochs='num_train_epochs')
@@ -539,6 +541,13 @@ def clock(
 )->str: # Hours, minutes and seconds
     "A length of time for readers."
     return '–' if seconds is None else f'{int(seconds//3600)}:{int(seconds%3600//60):02}:{int(seconds%60):02}'
+
+def size_text(
+    size:float, # Bytes
+)->str: # For example `8.1 GB`
+    "A size for readers."
+    unit = next(u for u in (1e9, 1e6, 1e3, 1) if size >= u or u == 1)
+    return f'{size/unit:.1f} {({1e9: "GB", 1e6: "MB", 1e3: "kB"})[unit]}' if unit > 1 else f'{size:.0f} bytes'
 
 def text_table(
     cells:list[tuple], # Rows of text, the head first

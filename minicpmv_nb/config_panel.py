@@ -15,12 +15,12 @@ from typing import get_args
 
 import ipywidgets as W
 
-from .config import CHOICES, NAMES, TYPES, Config, better_values, documented, faults, kinds_of, lora, named_fields, nearest_name, read_value
+from .config import CHOICES, NAMES, PRESETS, TYPES, Config, better_values, documented, faults, kinds_of, lora, named_fields, nearest_name, read_value
 from .diagnosis import Machine
 from .families import look_up
 from .jobs import launch
 from .panels import TONES, Later, Panel, button, details, stamp
-from .planning import OF_THE_MEMORY, PRESETS, MemoryPanel, as_code, batch_line, differences, method_of, obstacles, preview, read_settings
+from .planning import OF_THE_MEMORY, MemoryPanel, as_code, batch_line, differences, method_of, obstacles, preview, read_settings
 from .samples import DataError, read_entries
 
 # %% ../nbs/23_config_panel.ipynb #77bd8b32

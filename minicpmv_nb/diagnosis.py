@@ -26,7 +26,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from safetensors import SafetensorError, safe_open
 
-from .config import full, html_table, lora, qlora, text_table
+from .config import full, html_table, lora, qlora, size_text, text_table
 from .families import FAMILIES, Family, find_family, read_config, resolve, vision_config
 from .merging import Stored, stored_tensors
 from .model import MiniCPMV, left_out, weight_files
@@ -157,12 +157,9 @@ def check_files(f:Folder): # What to look at; yields verdicts
     for found, do in broken: yield 'wrong', found, do
     if f.index is None and broken: return
     total = sum(file.stat().st_size for file in set(f.files.values())) # missing files are named here
-    if not broken: yield 'ok', f'{len(named)} {"file" if len(named) == 1 else "files"}, {_bytes(total)}, as long as {"its header says" if len(named) == 1 else "their headers say"}.'
+    if not broken: yield 'ok', f'{len(named)} {"file" if len(named) == 1 else "files"}, {size_text(total)}, as long as {"its header says" if len(named) == 1 else "their headers say"}.'
     if f.index and (f.path/'model.safetensors').is_file() and 'model.safetensors' not in named:
         yield 'note', 'There is model.safetensors beside the files of the index. Here the index counts; other programs take the single file.', 'Remove the one you do not mean.'
-
-def _bytes(n:int)->str: # For people
-    return f'{n/1e9:.2f} GB' if n >= 1e9 else f'{n/1e6:.2f} MB'
 
 # %% ../nbs/17_diagnosis.ipynb #84096a1f
 def check_precision(f:Folder): # What to look at; yields verdicts
@@ -198,7 +195,7 @@ def check_index(f:Folder): # What to look at; yields verdicts
     held = {n: t for found in f.headers.values() for n, t in found.items()}
     total, said = sum(t.end - t.start for t in held.values()), f.index.get('metadata', {}).get('total_size')
     if strays := sorted(held.keys() - f.index['weight_map'].keys()): yield 'note', f'{len(strays)} tensors in the files are not in the index, so they are not loaded: {_some(strays)}.'
-    if said in (None, total): yield 'ok', f'{len(f.index["weight_map"])} tensors in {len(f.headers)} files, {_bytes(total)}.'
+    if said in (None, total): yield 'ok', f'{len(f.index["weight_map"])} tensors in {len(f.headers)} files, {size_text(total)}.'
     else: yield 'note', f'The index says {said:,} bytes, the tensors have {total:,}.', 'Nothing, when the tensors are as they should be.'
 
 # %% ../nbs/17_diagnosis.ipynb #e27dab46

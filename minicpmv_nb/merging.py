@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from .config import size_text
 from .families import resolve
 from .model import adapter_notes, complete, copy_rest, fingerprint, open_weights, read_tensor, set_max_slices, weight_files
 from .quantizing import is_quantized
@@ -164,15 +165,13 @@ def merge(
     if check and notes.get('base', trained := fingerprint(base)) != trained: raise ValueError(f'{adapter} was trained on other weights than those in {base}. Give the base it was trained on; with check=False it is merged all the same.')
     with complete(out) as part: # first of all the remains of a merge that was killed make room
         needed, free = disk_space(base, part)
-        if needed > free: raise OSError(f'{out} needs {_size(needed)}, and {_size(free)} are free there: make room, or choose another disk.')
+        if needed > free: raise OSError(f'{out} needs {size_text(needed)}, and {size_text(free)} are free there: make room, or choose another disk.')
         copy_rest(base, part)
         set_max_slices(part, notes.get('max_slice_nums'))
         for index in base.glob('*.safetensors.index.json'): shutil.copy(index, part)
         _write_files(files, changes, part, watch, out)
         if check: tell(compare(base, adapter, part))
     return Path(out).expanduser()
-
-def _size(n:int)->str: return f'{n/1e9:.1f} GB' if n >= 1e9 else f'{n/1e6:.1f} MB'
 
 def compare(
     base:str|Path, # A checkpoint
@@ -181,7 +180,7 @@ def compare(
 )->str: # One line with the difference
     "Compare logits in a process of its own. Raises `ValueError` when they differ by more than rounding."
     done = subprocess.run([sys.executable, '-m', 'minicpmv_nb.merging', str(base), str(adapter), str(merged)], capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode: raise ValueError(f'The merged checkpoint {merged} was not confirmed.\n{done.stdout[-500:]}{done.stderr[-1500:]}')
+    if done.returncode: raise ValueError(f'The merged checkpoint was not confirmed.\n{done.stdout[-500:]}{done.stderr[-1500:]}')
     return done.stdout.strip().splitlines()[-1]
 
 # %% ../nbs/14_merging.ipynb #c3c84b1e
@@ -219,7 +218,7 @@ def check_tensors(
         before, have = read_tensor(files[name], name), read_tensor(have_files[name], name)
         want = exact.to(before.dtype).float()
         change, error = (want-before.float()).norm().item(), (have.to(exact.dtype).float()-want).norm().item()
-        if not error <= 0.1*change + 1e-6*want.norm().item(): raise ValueError(f'{name} of {merged} and of base + adapter differ by {error:.1e}, and the adapter changes it by {change:.1e}: it is not merged.')
+        if not error <= 0.1*change + 1e-6*want.norm().item(): raise ValueError(f'{name} of the merged checkpoint and of base + adapter differ by {error:.1e}, and the adapter changes it by {change:.1e}: it is not merged.')
         moved += change > 0
     return moved
 

@@ -6,10 +6,10 @@ from datetime import datetime, timezone
 import pytest
 
 from support import SCRIPTS, entry, write_data
-from minicpmv_nb.config import NAMES, _rules, Config, better_values, documented, faults, from_script, full, lora, named_fields, qlora, recommended, save_config
+from minicpmv_nb.config import NAMES, PRESETS, _rules, Config, better_values, documented, faults, from_script, full, lora, named_fields, qlora, recommended, save_config
 from minicpmv_nb.config_panel import ConfigPanel, make_rows
 from minicpmv_nb.panels import Later
-from minicpmv_nb.planning import PRESETS, MemoryPanel, as_code, count_steps, read_settings
+from minicpmv_nb.planning import MemoryPanel, as_code, count_steps, read_settings
 from minicpmv_nb.diagnosis import Machine
 from minicpmv_nb.jobs import launch
 

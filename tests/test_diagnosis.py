@@ -120,7 +120,7 @@ def test_published_sizes_without_reading_a_weight(healthy, tmp_path, name):
     assert d.ok, d.complaints()
     found = {r['what']: r['found'] for r in d.rows}
     assert found['parameters'] == f'{f.parameters:,} in the files, the published number.' and found['precision'] == f'Parameters: {f.parameters:,} in bfloat16.'
-    assert f'{f.parameters*2/1e9:.2f} GB' in found['weight files'] and found['settings'].startswith('The published sizes')
+    assert f'{f.parameters*2/1e9:.1f} GB' in found['weight files'] and found['settings'].startswith('The published sizes')
 
 def test_no_tensor_is_read(sharded, tmp_path, monkeypatch):
     # What is behind the header is a hole: a read would give zeros, which nobody would notice. So reading is watched too.
