@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['GUIDE_LORA_TARGETS', 'TYPES', 'NAMES', 'CHOICES', 'POSITIVE', 'NOT_NEGATIVE', 'NEEDS_ZERO3', 'GUIDE', 'DEFAULTS',
-           'ALIASES', 'PRESETS', 'OTHER_NAMES', 'NO_EFFECT', 'TORCHRUN', 'LEFT_OUT', 'BETTER', 'Config', 'kinds_of',
-           'faults', 'named_fields', 'nearest_name', 'make_config', 'lora', 'qlora', 'full', 'read_value', 'from_flags',
-           'to_flags', 'documented', 'flag_help', 'from_script', 'zero_stage', 'offloaded', 'deepspeed_json',
-           'check_batch', 'precision_notes', 'deepspeed_notes', 'save_config', 'load_config', 'write_json',
-           'better_values', 'recommended', 'write_status', 'read_status', 'read_metrics', 'clock', 'size_text',
-           'text_table', 'html_table']
+           'ALIASES', 'PRESETS', 'OTHER_NAMES', 'NO_EFFECT', 'TORCHRUN', 'LEFT_OUT', 'STAYS_ON_GPU', 'BETTER', 'Config',
+           'kinds_of', 'faults', 'named_fields', 'nearest_name', 'make_config', 'lora', 'qlora', 'full', 'read_value',
+           'from_flags', 'to_flags', 'documented', 'flag_help', 'from_script', 'zero_stage', 'offloaded',
+           'deepspeed_json', 'check_batch', 'precision_notes', 'deepspeed_notes', 'save_config', 'load_config',
+           'write_json', 'better_values', 'recommended', 'write_status', 'read_status', 'read_metrics', 'clock',
+           'size_text', 'text_table', 'html_table']
 
 # %% ../nbs/01_config.ipynb #51096afc
 import difflib, json, math, os, re, shlex, time
@@ -124,12 +124,12 @@ CHOICES = dict(logging_strategy=('steps', 'epoch'), evaluation_strategy=('steps'
 POSITIVE = ('model_max_length', 'max_slice_nums', 'per_device_train_batch_size', 'per_device_eval_batch_size', 'gradient_accumulation_steps', 'logging_steps',
     'eval_steps', 'save_steps', 'save_total_limit', 'lora_r', 'lora_alpha', 'learning_rate', 'gpus', 'nnodes', 'loraplus_ratio', 'vision_learning_rate', 'resampler_learning_rate', 'embeddings_learning_rate',
     'early_stopping_patience', 'hang_timeout', 'num_train_epochs')
-NOT_NEGATIVE = ('weight_decay', 'vision_weight_decay', 'resampler_weight_decay', 'embeddings_weight_decay', 'warmup_steps', 'max_grad_norm', 'dataloader_num_workers')
+NOT_NEGATIVE = ('weight_decay', 'vision_weight_decay', 'resampler_weight_decay', 'embeddings_weight_decay', 'warmup_steps', 'max_grad_norm', 'dataloader_num_workers', 'seed')
 NEEDS_ZERO3 = "offload='all' needs ZeRO-3, which alone splits the weights: set deepspeed='ds_config_zero3.json', or offload='optimizer'."
 
 def _our_stage(deepspeed:str|None)->int|None: # Of the configuration of ours that a name means; None: of a file, which has to say it
     found = re.fullmatch(r'(?:ds_config_)?zero([23])(?:\.json)?', Path(deepspeed or '').name)
-    return int(found[1]) if found and not Path(deepspeed).is_file() else None
+    return int(found[1]) if found and not Path(deepspeed).expanduser().is_file() else None
 
 def _rules(c:Config): # Pairs of (is it wrong, what to say)
     parts = c.use_lora or c.tune_llm or c.tune_vision or c.tune_resampler or c.tune_embeddings
@@ -140,6 +140,7 @@ def _rules(c:Config): # Pairs of (is it wrong, what to say)
         (c.load_best_model_at_end and not c.do_eval, 'load_best_model_at_end needs evaluations: set do_eval=True and give eval_data_path.'),
         (c.load_best_model_at_end and c.save_strategy == 'no', "load_best_model_at_end needs checkpoints, from which the best weights are taken: set save_strategy='steps' or 'epoch'."),
         ((c.load_best_model_at_end or c.early_stopping_patience) and c.evaluation_strategy == 'no', "load_best_model_at_end and early_stopping_patience need evaluations: set evaluation_strategy='steps' or 'epoch'."),
+        (c.lr_scheduler_type == 'reduce_lr_on_plateau' and not (c.do_eval and c.evaluation_strategy != 'no'), "lr_scheduler_type='reduce_lr_on_plateau' looks at evaluations: set do_eval=True and give eval_data_path, or choose 'cosine'."),
         (c.offload != 'none' and not c.deepspeed, 'offload is done by DeepSpeed: set deepspeed=\'ds_config_zero3.json\', or leave it out.'),
         (c.offload == 'all' and _our_stage(c.deepspeed) == 2, NEEDS_ZERO3),
         (c.deepspeed == '', "deepspeed is '': give a DeepSpeed JSON, or None."),
@@ -399,21 +400,28 @@ def offloaded(
 def deepspeed_json(
     cfg:Config, # A configuration whose `deepspeed` is set
 )->dict: # The content of `deepspeed.json`
-    "DeepSpeed's configuration: the user's file without optimiser and schedule, which are the run's own, or ours. Raises `FileNotFoundError` when a file of another name is missing, `ValueError` for broken JSON."
-    if Path(cfg.deepspeed).is_file(): return {k: v for k, v in _saves_weights(_users(cfg), cfg).items() if k not in LEFT_OUT}
+    "DeepSpeed's configuration: the user's file without optimiser and schedule, which are the run's own, or ours. Raises `FileNotFoundError` when a file of another name is missing, `ValueError` for broken JSON, a file that cannot work, and an optimiser that DeepSpeed cannot take."
+    if _own_file(cfg): return _takes({k: v for k, v in _usable(_users(cfg), cfg).items() if k not in LEFT_OUT}, cfg)
     stage = _our_stage(cfg.deepspeed)
     if not stage: raise FileNotFoundError(f'There is no file {cfg.deepspeed}. Give a DeepSpeed JSON, or ds_config_zero2.json or ds_config_zero3.json for ours.')
-    return _ours(cfg, stage)
+    return _takes(_ours(cfg, stage), cfg)
 
 LEFT_OUT = ('optimizer', 'scheduler') # either gives one learning rate to all parts
 
+def _own_file(cfg:Config)->Path|None: # The user's DeepSpeed JSON; None where there is none
+    file = Path(cfg.deepspeed or '').expanduser()
+    return file if file.is_file() else None
+
 def _users(cfg:Config)->dict: # The user's file as it is; empty where there is none
-    if not cfg.deepspeed or not Path(cfg.deepspeed).is_file(): return {}
-    try: return json.loads(Path(cfg.deepspeed).read_text(encoding='utf-8'))
+    file = _own_file(cfg)
+    if not file: return {}
+    try: return json.loads(file.read_text(encoding='utf-8'))
     except json.JSONDecodeError as e: raise ValueError(f'{cfg.deepspeed} is not valid JSON (line {e.lineno}: {e.msg}).') from e
 
-def _saves_weights(given:dict, cfg:Config)->dict: # The same, unless ZeRO-3 would keep the trained weights to itself
-    zero = given.get('zero_optimization', {})
+def _usable(given:dict, cfg:Config)->dict: # The same without empty values, unless it cannot work, or ZeRO-3 would keep the trained weights to itself
+    if not isinstance(given, dict) or not isinstance(given.get('zero_optimization'), dict): raise ValueError(f'{cfg.deepspeed} has no zero_optimization: write for example "zero_optimization": {{"stage": 2}} there, or leave deepspeed out.')
+    zero = {k: v for k, v in given['zero_optimization'].items() if v is not None}
+    given = given | dict(zero_optimization=zero)
     if zero.get('stage') == 3 and not cfg.use_lora and not zero.get('stage3_gather_16bit_weights_on_model_save'):
         raise ValueError(f'{cfg.deepspeed}: set stage3_gather_16bit_weights_on_model_save to true in zero_optimization, or no weights can be saved.')
     return given
@@ -429,16 +437,28 @@ def _ours(cfg:Config, stage:int)->dict:
         train_micro_batch_size_per_gpu=cfg.per_device_train_batch_size, gradient_accumulation_steps=cfg.gradient_accumulation_steps,
         train_batch_size='auto', zero_allow_untested_optimizer=True)
 
+# Optimisers whose code for the CPU DeepSpeed has not, or calls otherwise; every name of transformers was tried
+STAYS_ON_GPU = ('adafactor', 'ademamix', 'ademamix_8bit', 'lion_32bit', 'paged_ademamix_32bit', 'paged_ademamix_8bit', 'paged_lion_32bit')
+
+def _takes(given:dict, cfg:Config)->dict: # The same, unless DeepSpeed would fail with the optimiser
+    away = (given['zero_optimization'].get('offload_optimizer') or {}).get('device', 'none') != 'none'
+    if cfg.optim == 'adagrad': raise ValueError("optim='adagrad' does not work under DeepSpeed: choose 'adamw_torch', or set deepspeed=None.")
+    if away and cfg.optim in STAYS_ON_GPU: raise ValueError(f"optim={cfg.optim!r} cannot be offloaded by DeepSpeed: choose 'adamw_torch', or offload='none'.")
+    return given
+
 def check_batch(
     cfg:Config, # `gpus` filled in
 )->None:
-    "Compare the batch sizes in a user's DeepSpeed JSON with the configuration. Raises `ValueError` naming both, with the number that would fit."
+    "Compare the batch sizes and the precision in a user's DeepSpeed JSON with the configuration. Raises `ValueError` naming both, with what would fit."
     given, ranks = deepspeed_json(cfg) if cfg.deepspeed else {}, (cfg.gpus or 1)*cfg.nnodes
     want = dict(train_micro_batch_size_per_gpu=cfg.per_device_train_batch_size, gradient_accumulation_steps=cfg.gradient_accumulation_steps,
         train_batch_size=cfg.per_device_train_batch_size*cfg.gradient_accumulation_steps*ranks)
     for name, value in want.items():
         if given.get(name, 'auto') not in ('auto', value):
             raise ValueError(f'{cfg.deepspeed} has {name} {given[name]}; {cfg.per_device_train_batch_size} samples per GPU x {cfg.gradient_accumulation_steps} accumulation steps x {ranks} GPUs need {value}. Write "auto" there.')
+    for name in ('bf16', 'fp16'):
+        said = (given.get(name) or {}).get('enabled', 'auto')
+        if said not in ('auto', getattr(cfg, name)): raise ValueError(f'{cfg.deepspeed} has {name} enabled: {json.dumps(said)}, and the run has {name}={getattr(cfg, name)}. Write "auto" there.')
 
 def precision_notes(
     cfg:Config, # A configuration
@@ -452,7 +472,7 @@ def deepspeed_notes(
     cfg:Config, # A configuration
 )->list[str]: # One line per surprise
     "What in a user's DeepSpeed JSON changes the run."
-    if cfg.deepspeed and Path(cfg.deepspeed).name != cfg.deepspeed and not Path(cfg.deepspeed).is_file(): return [f'There is no file {cfg.deepspeed}: taking our own configuration for ZeRO stage {zero_stage(cfg)}.']
+    if cfg.deepspeed and Path(cfg.deepspeed).name != cfg.deepspeed and not _own_file(cfg): return [f'There is no file {cfg.deepspeed}: taking our own configuration for ZeRO stage {zero_stage(cfg)}.']
     own = dict(optimizer=f'optim={cfg.optim}, with a learning rate and weight decay for each part,', scheduler=f'lr_scheduler_type={cfg.lr_scheduler_type}')
     return [f'{cfg.deepspeed} has {article} {key} ({given[key].get("type")}), which is left out: the run\'s own {own[key]} applies.' for given in [_users(cfg)] for article, key in (('an', 'optimizer'), ('a', 'scheduler')) if given.get(key)]
 

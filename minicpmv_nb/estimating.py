@@ -279,14 +279,15 @@ def _rows(config:dict, cfg:Config, ranks:int, work:Work)->list[dict]: # One per 
     arising = dict(gradients=step.gradients/1e9 if builds else needs['gradients'])
     row = lambda part, loading=0.0, training=0.0, step=0.0: dict(part=part, loading=loading, training=training, step=step)
     return [row('weights', needs['loading'], needs['weights'], needs['weights']), row('gradients', 0.0, arising['gradients'], needs['gradients']), row('optimizer', 0.0, needs['optimizer'], needs['optimizer']),
-        row('buckets and gathered weights', 0.0, *_buffers(cfg, stage, ranks, n, width, found['widest'])), row('one layer unpacked', 0.0, found['largest']*2/1e9),
+        row('buckets and gathered weights', 0.0, *_buffers(cfg, stage, ranks, n, width, found['widest'], config['hidden_size'])), row('one layer unpacked', 0.0, found['largest']*2/1e9),
         row('tower, for the backward pass', 0.0, step.tower/1e9), row('language model, for the backward pass', 0.0, step.llm/1e9), row('logits and the layer at work', 0.0, step.head/1e9),
         row('copies while stepping', 0.0, 0.0, _copies(cfg, stage, ranks, found['groups']))]
 
-def _buffers(cfg:Config, stage:int, ranks:int, n:dict, width:int, widest:int)->tuple[float,float]: # GB in the backward pass, and in the step
+def _buffers(cfg:Config, stage:int, ranks:int, n:dict, width:int, widest:int, hidden:int)->tuple[float,float]: # GB in the backward pass, and in the step
     if not stage: return (4*n['trained']/1e9,)*2 if ranks > 1 else (0.0, 0.0)
     zero = deepspeed_json(cfg)['zero_optimization']
-    bucket = float(zero.get('reduce_bucket_size', 5e8))*width/1e9
+    given = zero.get('reduce_bucket_size', 5e8)
+    bucket = (hidden*hidden if given == 'auto' else float(given))*width/1e9 # as transformers fills it in
     spare = widest*width/1e9 if offloaded(cfg) in ('optimizer', 'all') else 0.0 # for one gradient on its way out
     if stage < 3: return bucket + spare, spare
     elsewhere = ranks > 1 or offloaded(cfg) in ('weights', 'all') # otherwise there is nothing to gather

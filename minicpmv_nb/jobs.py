@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['PATIENCE', 'END', 'LIVE', 'SILENCE', 'fit_machine', 'check_port', 'fit_network', 'interface', 'torchrun',
            'clear_locks', 'script_text', 'write_script', 'RunFailed', 'Run', 'alive', 'find_runs', 'wait', 'cause',
-           'stop', 'resume', 'start', 'fill_in', 'check_files', 'check_resume', 'run_folder', 'own_deepspeed', 'launch',
-           'slurm']
+           'stop', 'resume', 'start', 'fill_in', 'check_files', 'run_folder', 'own_deepspeed', 'launch', 'slurm']
 
 # %% ../nbs/13_jobs.ipynb #94c15c44
 import hashlib, json, os, re, shlex, socket, subprocess, sys, time
@@ -20,8 +19,9 @@ from .families import check_llm_type, find_family, read_config, resolve
 from .plots import plot_run
 from .prompts import Processor
 from .quantizing import refuse_four_bit
-from .surviving import newest_checkpoint, pulses
-from .training import facts, fit_precision, refuse_foreign
+from .surviving import check_resume, newest_checkpoint, pulses
+from .training import NAMED, check_name, facts, fit_precision, refuse_foreign
+from .tuning import check_tuning
 
 # %% ../nbs/13_jobs.ipynb #36ae16b8
 def fit_machine(
@@ -396,7 +396,7 @@ def fill_in(
     cfg, notes = fit_precision(cfg, not cfg.use_cpu, not cfg.use_cpu and (elsewhere or torch.cuda.is_bf16_supported(including_emulation=False)))
     check_batch(cfg)
     notes = moved + notes + precision_notes(cfg, checkpoint) + deepspeed_notes(cfg)
-    paths = ('data_path', 'eval_data_path', 'logging_dir') + (() if cfg.resume_from_checkpoint == 'auto' else ('resume_from_checkpoint',))
+    paths = ('data_path', 'eval_data_path', 'logging_dir') +  (() if cfg.resume_from_checkpoint == 'auto' else ('resume_from_checkpoint',))
     absolute = {k: str(Path(v).expanduser().absolute()) for k in paths if (v := getattr(cfg, k))}
     model = cfg.model_name_or_path
     return replace(cfg, model_name_or_path=str(Path(model).absolute()) if Path(model).is_dir() else model, **absolute), notes
@@ -404,19 +404,11 @@ def fill_in(
 def check_files(
     cfg:Config, # What was asked for
 )->None:
-    "See whether the files of a run are there, before a model is downloaded or loaded. Raises `FileNotFoundError`, also as `check_resume`."
+    "See whether the files of a run are there, before a model is downloaded or loaded. Raises `FileNotFoundError`, and as `check_resume`."
     named = dict(data_path=cfg.data_path, eval_data_path=cfg.eval_data_path if cfg.do_eval else None)
     for field, path in named.items():
         if path and not Path(path).expanduser().is_file(): raise FileNotFoundError(f'{field} is {path}, which is no file here. Give the JSON of the conversations.')
     check_resume(cfg)
-
-def check_resume(
-    cfg:Config, # What was asked for
-)->None:
-    "See whether the checkpoint to go on from is there. Raises `FileNotFoundError`."
-    start = cfg.resume_from_checkpoint
-    if start and start != 'auto' and not (Path(start).expanduser()/'trainer_state.json').is_file():
-        raise FileNotFoundError(f'resume_from_checkpoint is {start}, which is no checkpoint of a run. Give a folder such as runs/first/checkpoint-100, or "auto" for the newest one in output_dir.')
 
 def run_folder(
     cfg:Config, # What was asked for
@@ -472,15 +464,18 @@ def launch(
     join_timeout:int=600, # Seconds to wait for the other machines, where there are any
     **changes, # Fields of `cfg` to replace: `nnodes`, `node_rank`, `master_addr`, or any other
 )->Run: # Started, not finished
-    "Check everything, write a run folder, start torchrun detached, and return. Raises before starting what `check`, `check_files`, `load`, `fit_machine`, `fit_network` and `check_port` raise."
+    "Check everything, write a run folder, start torchrun detached, and return. Raises before starting what `check`, `check_files`, `check_name`, `check_tuning`, `load`, `fit_machine`, `fit_network` and `check_port` raise."
     cfg = make_config(vars(cfg) | changes | dict(gpus=cfg.gpus if gpus is None else gpus))
     run = Run(run_folder(cfg, name), cfg.node_rank)
     check_files(cfg)
+    for field in NAMED: check_name(cfg, field)
     if start: check_port(fit_network(fit_machine(cfg, _gpus(cfg))))
     model, commit = resolve(cfg.model_name_or_path, cfg.revision)
     check_llm_type(find_family(read_config(model), f'{model}/config.json'), cfg.llm_type)
     refuse_four_bit(cfg, model)
+    check_tuning(read_config(model), cfg)
     cfg, notes = fill_in(replace(cfg, output_dir=str(run.folder), revision=commit or cfg.revision), start, read_config(model)) # every rank and every resume take this commit
+    check_resume(cfg, cfg.gpus*cfg.nnodes)
     for note in notes: print(note)
     _write_folder(run, cfg, _check_data(cfg, model), facts(cfg, commit) | dict(join_timeout=join_timeout))
     return run.start() if start else run
@@ -489,6 +484,7 @@ def _start(run:Run, cfg:Config)->Run: # Start run.sh in a session of its own
     import psutil
     cfg = fit_network(fit_machine(cfg, _gpus(cfg)))
     check_port(cfg)
+    check_resume(cfg, cfg.gpus*cfg.nnodes)
     write_script(cfg, run.file('run.sh'), _join_timeout(run))
     clear_locks(Path(_environment(cfg)['TORCH_EXTENSIONS_DIR']))
     (run.folder/f'exit-{run.node_rank}').unlink(missing_ok=True)

@@ -15,16 +15,16 @@ from io import BytesIO, StringIO
 from pathlib import Path
 
 import ipywidgets as W
-from transformers import SchedulerType
-from transformers.training_args import OptimizerNames
 
-from .config import NAMES, PRESETS, Config, deepspeed_json, from_script, load_config, nearest_name, zero_stage
+from .config import NAMES, PRESETS, Config, deepspeed_json, from_script, load_config, zero_stage
 from .diagnosis import Machine, this_machine
 from .estimating import OF_THE_MODEL, Estimate, Work, estimate, heaviest
 from .families import check_llm_type, find_family, look_up
-from .jobs import Run, check_resume, fill_in, own_deepspeed, run_folder, script_text
+from .jobs import Run, fill_in, own_deepspeed, run_folder, script_text
 from .panels import Panel, details, stamp
 from .quantizing import refuse_four_bit
+from .surviving import check_resume
+from .training import check_name
 from .tuning import target_pattern
 
 # %% ../nbs/22_planning.ipynb #3ef6d635
@@ -96,14 +96,10 @@ def _compiled(cfg:Config)->None: # Raises for a broken expression
     try: re.compile(target_pattern(cfg.lora_target_modules))
     except re.error as e: raise ValueError(f'lora_target_modules is no regular expression: {e}.') from e
 
-def _known(field:str, cfg:Config, names)->None: # Raises unless the value is one of an enumeration of transformers
-    known, value = tuple(n.value for n in names), getattr(cfg, field)
-    if value not in known: raise ValueError(f'{field} is {value!r}, which transformers does not know.{nearest_name(value, known)}')
-
 def _checks(cfg:Config, model:dict|None, folder:Path|None)->list[tuple]: # (field, what raises when it is wrong)
     return [('model_name_or_path', lambda: model and find_family(model, f'{cfg.model_name_or_path}/config.json')), ('llm_type', lambda: model and check_llm_type(find_family(model), cfg.llm_type)),
         ('data_path', lambda: _file(cfg.data_path, 'a training file')), ('eval_data_path', lambda: cfg.do_eval and _file(cfg.eval_data_path, 'an evaluation file')),
-        ('resume_from_checkpoint', lambda: check_resume(cfg)), ('lora_target_modules', lambda: cfg.use_lora and _compiled(cfg)), ('lr_scheduler_type', lambda: _known('lr_scheduler_type', cfg, SchedulerType)), ('optim', lambda: _known('optim', cfg, OptimizerNames)),
+        ('resume_from_checkpoint', lambda: check_resume(cfg)), ('lora_target_modules', lambda: cfg.use_lora and _compiled(cfg)), ('lr_scheduler_type', lambda: check_name(cfg, 'lr_scheduler_type')), ('optim', lambda: check_name(cfg, 'optim')),
         ('deepspeed', lambda: cfg.deepspeed and deepspeed_json(cfg)), ('q_lora', lambda: folder and refuse_four_bit(cfg, folder))]
 
 def obstacles(

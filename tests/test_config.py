@@ -5,8 +5,8 @@ from dataclasses import asdict, fields, replace
 import pytest
 
 from support import SCRIPTS
-from minicpmv_nb.config import (GUIDE_LORA_TARGETS, NO_EFFECT, Config, nearest_name, read_value, deepspeed_json, deepspeed_notes, from_flags, from_script, full,
-    load_config, lora, save_config, to_flags, write_json, zero_stage, check_batch, precision_notes, qlora, recommended)
+from minicpmv_nb.config import (GUIDE_LORA_TARGETS, NO_EFFECT, Config, check_batch, offloaded, nearest_name, read_value, deepspeed_json, deepspeed_notes, from_flags, from_script, full,
+    load_config, lora, save_config, to_flags, write_json, zero_stage, precision_notes, qlora, recommended)
 
 # What chapter 3.1 of the guide says, flag by flag, in its own words.
 SAME_IN_BOTH = dict(
@@ -247,6 +247,42 @@ def test_optimizer_and_scheduler_of_the_user_are_left_out(tmp_path):
     assert deepspeed_json(cfg) == dict(zero_optimization=zero, train_batch_size='auto')
     assert deepspeed_notes(cfg) == [f"{file} has an optimizer (AdamW), which is left out: the run's own optim=adamw_torch, with a learning rate and weight decay for each part, applies.",
         f"{file} has a scheduler (WarmupLR), which is left out: the run's own lr_scheduler_type=cosine applies."]
+
+@pytest.fixture
+def own_file(tmp_path):
+    "A configuration with a DeepSpeed file of the user's."
+    def make(given, **how):
+        (tmp_path/'mine.json').write_text(json.dumps(given))
+        return Config(**NEEDED | dict(deepspeed=str(tmp_path/'mine.json')) | how)
+    return make
+
+def test_a_deepspeed_file_from_home(own_file, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert zero_stage(own_file(dict(zero_optimization=dict(stage=3, stage3_gather_16bit_weights_on_model_save=True)), deepspeed='~/mine.json')) == 3
+
+def test_empty_entries_of_a_deepspeed_file_are_none(own_file):
+    cfg = own_file(dict(zero_optimization=dict(stage=2, offload_optimizer=None)))
+    assert deepspeed_json(cfg) == dict(zero_optimization=dict(stage=2)) and offloaded(cfg) == 'none'
+
+@pytest.mark.parametrize('given', [dict(train_batch_size='auto'), dict(zero_optimization=None), {}, []])
+def test_a_deepspeed_file_without_zero_is_refused(own_file, given):
+    with pytest.raises(ValueError, match='mine.json has no zero_optimization: write for example "zero_optimization": {"stage": 2}'): deepspeed_json(own_file(given))
+
+def test_a_deepspeed_file_of_another_precision_is_refused(own_file):
+    zero = dict(zero_optimization=dict(stage=2))
+    with pytest.raises(ValueError, match='has fp16 enabled: true, and the run has fp16=False. Write "auto" there'): check_batch(own_file(zero | dict(fp16=dict(enabled=True))))
+    for fine in (dict(fp16=dict(enabled='auto'), bf16=dict(enabled=True)), dict(fp16=None), dict(fp16=dict(enabled=False))): check_batch(own_file(zero | fine, bf16=True))
+
+OFFLOADS = dict(zero_optimization=dict(stage=2, offload_optimizer=dict(device='cpu')))
+
+@pytest.mark.parametrize('optim, given, said', [('adagrad', dict(zero_optimization=dict(stage=2)), "optim='adagrad' does not work under DeepSpeed"), ('adafactor', OFFLOADS, "optim='adafactor' cannot be offloaded"), ('paged_lion_32bit', OFFLOADS, 'cannot be offloaded')])
+def test_optimizers_that_deepspeed_cannot_take(own_file, optim, given, said):
+    with pytest.raises(ValueError, match=said): deepspeed_json(own_file(given, optim=optim))
+    deepspeed_json(own_file(given, optim='sgd'))
+
+def test_a_plateau_needs_evaluations():
+    with pytest.raises(ValueError, match='looks at evaluations: set do_eval=True'): Config(**NEEDED, lr_scheduler_type='reduce_lr_on_plateau')
+    Config(**NEEDED, lr_scheduler_type='reduce_lr_on_plateau', do_eval=True, eval_data_path='eval.json')
 
 @pytest.mark.parametrize('name', ['mine.json', 'ds_config_zero1.json', 'ds_config_zero33.json'])
 def test_another_missing_file_is_an_error(tmp_path, name):

@@ -103,12 +103,12 @@ def test_nvme_is_not_the_memory_of_the_machine(asked):
     e = asked(3, offload_optimizer=dict(device='nvme', nvme_path='/x'), offload_param=dict(device='nvme', nvme_path='/x'))
     assert e.host == 0 and 'What goes to NVMe is not reckoned' in str(e)
 
-def test_a_deepspeed_file_without_zero(tiny, drawn, tmp_path):
-    from minicpmv_nb import estimate
-    from minicpmv_nb.config import lora
-    (tmp_path/'plain.json').write_text(json.dumps(dict(train_batch_size='auto')))
-    e = estimate(lora(str(tiny), str(drawn), use_cpu=True, fp16=False, deepspeed=str(tmp_path/'plain.json')), 1)
-    assert e.host == 0 and e.total > 0
+def test_a_bucket_that_transformers_sizes(asked):
+    # The official ds_config_zero3.json has "auto" there.
+    bucket = lambda stage, size: next(r['step'] for r in asked(stage, reduce_bucket_size=size).rows if r['part'] == 'buckets and gathered weights')
+    from minicpmv_nb.families import FAMILIES
+    hidden = FAMILIES['2.6'].official['hidden_size']
+    assert all(bucket(stage, 'auto') == bucket(stage, hidden**2) != bucket(stage, 5e8) for stage in (2, 3))
 
 def test_zero_3_steps_as_many_parameters_as_it_was_told(asked):
     copies = lambda **zero: next(r['step'] for r in asked(3, **zero).rows if r['part'] == 'copies while stepping')

@@ -242,6 +242,12 @@ def test_stop_does_not_end_the_process_that_asks(tmp_path):
     run = elsewhere(tmp_path/'a', 5, host=socket.gethostname(), pid=os.getpid(), created=psutil.Process().create_time())
     with pytest.raises(ValueError, match='trains in this very process'): run.stop()
 
+def test_targets_that_match_nothing_are_refused_at_the_launch(tiny, drawn, tmp_path):
+    how = dict(use_cpu=True, deepspeed=None, output_dir=str(tmp_path/'run'))
+    with pytest.raises(ValueError, match='matches no linear layer'): launch(lora(str(tiny), str(drawn), lora_target_modules='foo', **how))
+    with pytest.raises(ValueError, match='tune_resampler=False'): launch(lora(str(tiny), str(drawn), lora_target_modules='llm.attention resampler', **how))
+    assert not (tmp_path/'run').exists()
+
 def test_what_is_missing_is_said_before_the_model_is_fetched(tiny, drawn, tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, 'resolve', lambda *_: pytest.fail('the model was looked up'))
     how = dict(use_cpu=True, output_dir=str(tmp_path/'run'))
@@ -249,4 +255,5 @@ def test_what_is_missing_is_said_before_the_model_is_fetched(tiny, drawn, tmp_pa
     with pytest.raises(FileNotFoundError, match='resume_from_checkpoint is nowhere, which is no checkpoint'): launch(lora(str(tiny), str(drawn), resume_from_checkpoint='nowhere', **how))
     with pytest.raises(ValueError, match='8 GPUs are asked for and this machine has 0. Launch it where they are'): launch(lora(str(tiny), str(drawn), output_dir=how['output_dir']), gpus=8)
     with pytest.raises(ValueError, match='gpus'): launch(lora(str(tiny), str(drawn), **how), gpus=0)
+    with pytest.raises(ValueError, match='Did you mean cosine'): launch(lora(str(tiny), str(drawn), lr_scheduler_type='cosin', **how))
     assert not (tmp_path/'run').exists()

@@ -238,6 +238,31 @@ def test_early_stopping_counts_on_after_a_resume(judged, tmp_path):
     train(replace(judged, early_stopping_patience=2, resume_from_checkpoint='auto'))
     assert [m['step'] for m in read_metrics(run) if 'eval_loss' in m] == [1, 2, 3, 4, 5]
 
+def test_patience_is_that_of_now(judged, tmp_path):
+    run = tmp_path/'run'
+    train(replace(judged, early_stopping_patience=1)) # stopped after the fourth
+    assert read_status(run)['step'] == 4
+    train(replace(judged, early_stopping_patience=3, resume_from_checkpoint='auto'))
+    assert read_status(run)['step'] == 6 and read_status(run)['state'] == 'done'
+
+def test_a_run_that_was_stopped_early_and_killed_does_not_go_on(judged, tmp_path):
+    run = tmp_path/'run'
+    train(replace(judged, early_stopping_patience=1, save_steps=1, max_steps=8))
+    shutil.rmtree(run/'final')
+    train(replace(judged, early_stopping_patience=1, save_steps=1, max_steps=8, resume_from_checkpoint='auto'))
+    assert [m['step'] for m in read_metrics(run) if 'eval_loss' in m] == [1, 2, 3, 4] and (run/'final').is_dir() and read_status(run)['state'] == 'done'
+
+def test_early_stopping_may_begin_when_a_run_goes_on(judged, tmp_path):
+    train(replace(judged, max_steps=4))
+    train(replace(judged, early_stopping_patience=2, resume_from_checkpoint='auto')) # the best was the third
+    assert read_status(tmp_path/'run')['state'] == 'done'
+
+def test_the_best_of_another_run_does_not_count(judged, tmp_path):
+    train(replace(judged, max_steps=3)) # the best of all is its last
+    other = replace(judged, output_dir=str(tmp_path/'other'), resume_from_checkpoint=str(tmp_path/'run/checkpoint-3'), load_best_model_at_end=True, early_stopping_patience=3)
+    train(other) # 2, 2.5 and 2.2
+    assert read_status(tmp_path/'other')['best_step'] == 4 and same(weights(tmp_path/'other/final'), weights(tmp_path/'other/checkpoint-4'))
+
 def test_what_the_best_needs_is_said(judged):
     with pytest.raises(ValueError, match='load_best_model_at_end needs checkpoints'): train(replace(judged, load_best_model_at_end=True, save_strategy='no'))
     with pytest.raises(ValueError, match='load_best_model_at_end and early_stopping_patience need evaluations'): train(replace(judged, early_stopping_patience=1, evaluation_strategy='no'))

@@ -2,6 +2,7 @@
 import json, math, shutil, time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from minicpmv_nb.batches import SampleDataset, collate, load_data
 from minicpmv_nb.config import Config, load_config, read_status
 from minicpmv_nb.model import load
 from minicpmv_nb.prompts import Processor
-from minicpmv_nb.surviving import newest_checkpoint
+from minicpmv_nb.surviving import check_resume, newest_checkpoint
 from minicpmv_nb.training import FineTuner, fit_precision, make_trainer, read_metrics, save_final, train
 
 SPEED = dict(dataloader_num_workers=0, use_cpu=True)
@@ -264,6 +265,89 @@ def test_resumed_run_goes_on_as_if_nothing_had_happened(finished, kind, tmp_path
         ours, theirs = load_file(again/'final'/file.name), load_file(file)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in theirs)
     assert status(again)['state'] == 'done'
+
+def rates_in_use(seen):
+    class Sees(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer=None, **kw): seen.append({g['name']: (g['lr'], g['weight_decay']) for g in optimizer.param_groups})
+    return Sees
+
+@pytest.mark.parametrize('deepspeed', [None, pytest.param('ds_config_zero2.json', marks=pytest.mark.slow)])
+def test_what_may_change_when_a_run_goes_on(cfg, capsys, deepspeed):
+    how = replace(cfg, tune_vision=False, lr_scheduler_type='constant', max_steps=2, warmup_ratio=0.0, deepspeed=deepspeed)
+    train(how)
+    seen = []
+    train(replace(how, resume_from_checkpoint='auto', max_steps=4, learning_rate=1e-5, resampler_learning_rate=1e-6, weight_decay=0.0), callbacks=(rates_in_use(seen),))
+    assert seen == [{'language model': (1e-5, 0.0), 'resampler': (1e-6, 0.0), 'resampler, no decay': (1e-6, 0.0)}]*2
+    assert 'from here on, language model: lr 0.001 -> 1e-05, weight_decay 0.1 -> 0' in capsys.readouterr().out
+    assert [m['learning_rate'] for m in steps(Path(cfg.output_dir))] == [1e-3, 1e-3, 1e-5, 1e-5]
+    kept = load_config(Path(cfg.output_dir)/'config.json') # what the newest steps were made with, to be resumed once more
+    assert (kept.learning_rate, kept.max_steps, kept.resume_from_checkpoint) == (1e-5, 4, None)
+    assert 'data_sha256' in json.loads((Path(cfg.output_dir)/'config.json').read_text())
+
+def test_more_steps_follow_the_schedule_of_all_of_them(cfg):
+    how = replace(cfg, warmup_steps=0, max_steps=2)
+    train(how)
+    train(replace(how, resume_from_checkpoint='auto', max_steps=4))
+    assert [m['learning_rate'] for m in steps(Path(cfg.output_dir))][2:] == pytest.approx([cosine(n, 1e-3, 0, 4) for n in (3, 4)])
+
+def test_a_run_that_has_all_its_steps_only_wants_its_final(finished, tmp_path):
+    whole, again = finished('LORA'), tmp_path/'again'
+    shutil.copytree(whole, again, ignore=shutil.ignore_patterns('final'))
+    train(replace(load_config(whole/'config.json'), output_dir=str(again), resume_from_checkpoint='auto'))
+    assert same_numbers(steps(again), steps(whole)) and newest_checkpoint(again).name == 'checkpoint-4'
+    ours, theirs = (load_file(f/'final'/'adapter_model.safetensors') for f in (again, whole))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in theirs)
+
+def test_later_checkpoints_are_set_aside(cfg, capsys):
+    run = Path(cfg.output_dir)
+    train(cfg)
+    class Dies(TrainerCallback):
+        def on_step_end(self, args, state, control, **kw): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): train(replace(cfg, resume_from_checkpoint=str(run/'checkpoint-2'), save_total_limit=1), callbacks=(Dies,))
+    assert 'The run goes on from step 2. Set aside, and yours to delete: left-checkpoint-4' in capsys.readouterr().out
+    assert newest_checkpoint(run).name == 'checkpoint-2' and (run/'left-checkpoint-4'/'adapter_model.safetensors').is_file()
+    train(replace(cfg, resume_from_checkpoint='auto', save_total_limit=1))
+    assert [p.name for p in run.glob('*checkpoint*')] and newest_checkpoint(run).name == 'checkpoint-4' and not (run/'checkpoint-2').exists()
+
+@pytest.mark.parametrize('changes, said', [(dict(lora_r=4), 'was trained with lora_r=8, and now it is lora_r=4'), (dict(lora_target_modules='llm.mlp'), "and now it is lora_target_modules='llm.mlp'"),
+    (dict(tune_resampler=False), 'tune_resampler=True'), (dict(loraplus_ratio=4.0), 'loraplus_ratio=None'), (dict(optim='sgd'), "optim='adamw_torch'"), (dict(deepspeed='zero2'), 'was written without ZeRO.*set deepspeed=None')])
+def test_what_may_not_change_when_a_run_goes_on(finished, changes, said, monkeypatch):
+    monkeypatch.setattr(training, 'make_trainer', lambda cfg: pytest.fail('something was loaded'))
+    cfg = replace(load_config(finished('LORA')/'config.json'), resume_from_checkpoint='auto', **changes)
+    with pytest.raises(ValueError, match=said): train(cfg)
+    assert status(finished('LORA'))['state'] == 'done' # nothing is said of the run that is there
+
+def test_a_split_optimizer_wants_its_processes(tmp_path):
+    folder = tmp_path/'checkpoint-3'; (folder/'global_step3').mkdir(parents=True)
+    (folder/'trainer_state.json').write_text('{}')
+    for rank in range(2): (folder/f'global_step3/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt').touch()
+    cfg = Config('model', 'data', use_lora=True, resume_from_checkpoint=str(folder), deepspeed='ds_config_zero2.json')
+    check_resume(cfg, 2); check_resume(cfg)
+    with pytest.raises(ValueError, match='split over 2 processes, and DeepSpeed cannot split it anew for 4: set gpus=2'): check_resume(cfg, 4)
+    for other, how in (('ds_config_zero3.json', 'by ZeRO-2'), (None, 'by ZeRO-2')):
+        with pytest.raises(ValueError, match=f"was written {how}.*set deepspeed='ds_config_zero2.json'"): check_resume(replace(cfg, deepspeed=other), 2)
+
+def test_the_mean_of_a_log_line_with_more_ranks(cfg, tmp_path, monkeypatch):
+    for rank, total in enumerate((3., 5.)): (tmp_path/f'loss_{rank}.json').write_text(json.dumps(dict(sum=total, logged=2)))
+    monkeypatch.setattr(training.Trainer, '_load_rng_state', lambda *args: None)
+    def kept(rank, world):
+        trainer = object.__new__(FineTuner)
+        trainer.args, trainer._tr_loss = SimpleNamespace(process_index=rank, world_size=world), torch.zeros(())
+        trainer._load_rng_state(tmp_path)
+        return trainer
+    assert [kept(rank, 2)._tr_loss.item() for rank in range(2)] == [3., 5.]
+    assert {kept(rank, 4)._tr_loss.item() for rank in range(4)} == {4.} and kept(0, 1)._globalstep_last_logged == 2
+
+@pytest.mark.parametrize('changes, said', [(dict(lr_scheduler_type='cosin'), 'Did you mean cosine'), (dict(lr_scheduler_type='warmup_stable_decay'), 'needs settings that are not part'), (dict(optim='adam'), 'Did you mean adamw_torch'),
+    (dict(lora_target_modules='foo'), 'matches no linear layer'), (dict(lora_target_modules='resampler'), 'tune_resampler=False')])
+def test_what_cannot_work_is_said_before_the_model_is_loaded(cfg, changes, said, monkeypatch):
+    monkeypatch.setattr(training, 'prepare_model', lambda *args: pytest.fail('the model was loaded'))
+    with pytest.raises(ValueError, match=said): train(replace(cfg, **changes))
+
+def test_paths_from_home(cfg, monkeypatch, tmp_path):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    there = training.with_folder(replace(cfg, data_path='~/a.json', deepspeed='~/zero2.json', resume_from_checkpoint='~/run/checkpoint-1', output_dir='~/run'))
+    assert (there.data_path, there.deepspeed, there.resume_from_checkpoint, there.output_dir) == tuple(f'{tmp_path}/{p}' for p in ('a.json', 'zero2.json', 'run/checkpoint-1', 'run'))
 
 def test_random_numbers_matter_here(finished, tmp_path):
     # The test above would also pass without restoring them, if nothing depended on them.
