@@ -421,6 +421,8 @@ def _users(cfg:Config)->dict: # The user's file as it is; empty where there is n
 def _usable(given:dict, cfg:Config)->dict: # The same without empty values, unless it cannot work, or ZeRO-3 would keep the trained weights to itself
     if not isinstance(given, dict) or not isinstance(given.get('zero_optimization'), dict): raise ValueError(f'{cfg.deepspeed} has no zero_optimization: write for example "zero_optimization": {{"stage": 2}} there, or leave deepspeed out.')
     zero = {k: v for k, v in given['zero_optimization'].items() if v is not None}
+    for part, key, example in ((zero, 'offload_optimizer', '{"device": "cpu"}'), (zero, 'offload_param', '{"device": "cpu"}'), (given, 'bf16', '{"enabled": "auto"}'), (given, 'fp16', '{"enabled": "auto"}')):
+        if not isinstance(part.get(key) or {}, dict): raise ValueError(f'{cfg.deepspeed} has {key}: {json.dumps(part[key])}, where DeepSpeed wants an object such as {example}.')
     given = given | dict(zero_optimization=zero)
     if zero.get('stage') == 3 and not cfg.use_lora and not zero.get('stage3_gather_16bit_weights_on_model_save'):
         raise ValueError(f'{cfg.deepspeed}: set stage3_gather_16bit_weights_on_model_save to true in zero_optimization, or no weights can be saved.')
@@ -441,7 +443,7 @@ def _ours(cfg:Config, stage:int)->dict:
 STAYS_ON_GPU = ('adafactor', 'ademamix', 'ademamix_8bit', 'lion_32bit', 'paged_ademamix_32bit', 'paged_ademamix_8bit', 'paged_lion_32bit')
 
 def _takes(given:dict, cfg:Config)->dict: # The same, unless DeepSpeed would fail with the optimiser
-    away = (given['zero_optimization'].get('offload_optimizer') or {}).get('device', 'none') != 'none'
+    away = (given['zero_optimization'].get('offload_optimizer') or {}).get('device', 'none') != 'none' and given.get('zero_force_ds_cpu_optimizer', True)
     if cfg.optim == 'adagrad': raise ValueError("optim='adagrad' does not work under DeepSpeed: choose 'adamw_torch', or set deepspeed=None.")
     if away and cfg.optim in STAYS_ON_GPU: raise ValueError(f"optim={cfg.optim!r} cannot be offloaded by DeepSpeed: choose 'adamw_torch', or offload='none'.")
     return given
@@ -488,8 +490,9 @@ def save_config(
 def load_config(
     path:str|Path, # `config.json` of a run folder
 )->Config: # The configuration in it
-    "Read a run's configuration; facts beside it are left out."
+    "Read a run's configuration; facts beside it are left out. Raises `TypeError` and `ValueError` for what is none."
     stored = json.loads(Path(path).read_text(encoding='utf-8'))
+    if not isinstance(stored, dict): raise ValueError(f'{path} is no configuration of a run.')
     return Config(**{k: v for k, v in stored.items() if k in NAMES})
 
 def write_json(

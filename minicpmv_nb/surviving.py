@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from .config import Config, load_config, write_json, write_status, zero_stage
+from .tuning import target_pattern
 
 # %% ../nbs/10_surviving.ipynb #46b49bdb
 def checkpoints(
@@ -48,9 +49,9 @@ def set_aside(
     step:int, # Where the run begins or goes on
 )->list[str]: # Their new names
     "Rename checkpoints of later steps, `left-checkpoint-STEP`: beside new ones they would pass for the newest."
-    later = [p for p in checkpoints(folder) if int(p.name.split('-')[1]) > step]
-    for p in later: remove_folder(left := p.with_name(f'left-{p.name}')); os.replace(p, left)
-    return [f'left-{p.name}' for p in later]
+    later = {p: next(left for n in range(1, 10**6) if not (left := p.with_name(f'left-{p.name}' + f'-{n}'*(n > 1))).exists()) for p in checkpoints(folder) if int(p.name.split('-')[1]) > step}
+    for p, left in later.items(): os.replace(p, left)
+    return [left.name for left in later.values()]
 
 def remove_folder(
     folder:Path, # It need not exist
@@ -70,7 +71,7 @@ def flush_folder(
 
 # %% ../nbs/10_surviving.ipynb #ad70dd07
 # What the state of an optimiser belongs to; the rest of these only where there is a LoRA
-KEPT = ('use_lora', 'q_lora', 'tune_llm', 'tune_vision', 'tune_resampler', 'tune_embeddings', 'optim')
+KEPT = ('use_lora', 'tune_llm', 'tune_vision', 'tune_resampler', 'tune_embeddings', 'optim', 'lr_scheduler_type', 'offload')
 KEPT_OF_LORA = ('lora_r', 'lora_alpha', 'lora_target_modules', 'use_rslora', 'use_dora', 'loraplus_ratio')
 ANEW = 'or start another run from its weights (those of a LoRA merged)'
 
@@ -91,15 +92,20 @@ def check_resume(
 def _same_parameters(cfg:Config, folder:Path)->None: # Raises unless the run of the checkpoint trains what is asked for
     try: old = load_config(folder.parent/'config.json')
     except (OSError, TypeError, ValueError): return # copied to somewhere else, or of another version
-    value = lambda c, name: bool(c.loraplus_ratio) if name == 'loraplus_ratio' else getattr(c, name) # any ratio makes the same groups
-    changed = [name for name in KEPT + (KEPT_OF_LORA if cfg.use_lora else ()) if value(old, name) != value(cfg, name)]
-    if changed: raise ValueError(f'{folder} was trained with {", ".join(f"{name}={getattr(old, name)!r}" for name in changed)}, and now it is {", ".join(f"{name}={getattr(cfg, name)!r}" for name in changed)}. What trains cannot change within a run: set it back, {ANEW}.')
+    changed = [name for name in KEPT + (KEPT_OF_LORA if cfg.use_lora else ()) if _meaning(old, name) != _meaning(cfg, name)]
+    if changed: raise ValueError(f'{folder} was trained with {", ".join(f"{name}={getattr(old, name)!r}" for name in changed)}, and now it is {", ".join(f"{name}={getattr(cfg, name)!r}" for name in changed)}. That cannot change within a run: set it back, {ANEW}.')
+
+def _meaning(cfg:Config, name:str): # What of a field's value matters to the state: any ratio makes the same groups, any schedule of steps has the same few numbers
+    same = dict(loraplus_ratio=bool(cfg.loraplus_ratio), offload=cfg.offload != 'none', lr_scheduler_type=cfg.lr_scheduler_type in ('reduce_lr_on_plateau', 'greedy'), optim=cfg.optim.removesuffix('_fused'),
+        tune_embeddings=cfg.tune_embeddings or cfg.tune_llm, lora_target_modules=sorted(target_pattern(cfg.lora_target_modules).split('|')))
+    return same.get(name, getattr(cfg, name))
 
 def _same_split(cfg:Config, folder:Path, ranks:int|None)->None: # Raises unless DeepSpeed can read its part
     parts, known = list(folder.glob('global_step*/*_optim_states.pt')), {0: (None, 'without ZeRO'), 2: ('ds_config_zero2.json', 'by ZeRO-2'), 3: ('ds_config_zero3.json', 'by ZeRO-3')}
     if not parts and not (folder/'optimizer.pt').is_file(): return # nothing to read
     had = 0 if not parts else 3 if any(folder.glob('global_step*/*zero_pp_rank_*_model_states.pt')) else 2
     if had != {1: 2}.get(zero_stage(cfg), zero_stage(cfg)): raise ValueError(f'{folder} was written {known[had][1]}, and its optimiser\'s state fits nothing else: set deepspeed={known[had][0]!r}, {ANEW}.')
+    if parts and parts[0].name.startswith('bf16') != cfg.bf16: raise ValueError(f'{folder} was written with bf16={not cfg.bf16}, and its optimiser\'s state fits nothing else: set it back, {ANEW}.')
     if parts and ranks and cfg.nnodes == 1 and len(parts) != ranks: raise ValueError(f'{folder} has its optimiser split over {len(parts)} processes, and DeepSpeed cannot split it anew for {ranks}: set gpus={len(parts)}, {ANEW}.')
 
 # %% ../nbs/10_surviving.ipynb #181b5577

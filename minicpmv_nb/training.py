@@ -93,6 +93,7 @@ class RunLog(TrainerCallback):
     "Writes metrics.jsonl and status.json, and one line per logged step."
     def __init__(self, folder:str|Path): # The run folder
         self.folder, self.trainer, self.seen, self.mark = Path(folder), None, [0, 0], time.time()
+        self.begun = lambda: None # called on rank 0 when everything is loaded
         self.start, self.rates = (self.mark, 0), []
 
     def count(self, tokens:int, samples:int): # What this rank has processed since the last line, padding included
@@ -112,6 +113,7 @@ class RunLog(TrainerCallback):
     def on_train_begin(self, args, state, control, **kw):
         self.mark, self.start = time.time(), (time.time(), state.global_step)
         if not state.is_world_process_zero: return
+        self.begun()
         if left := set_aside(self.folder, state.global_step): print(f'The run goes on from step {state.global_step}. Set aside, and yours to delete: {", ".join(left)}', flush=True)
         kept = [m for m in read_metrics(self.folder) if m['step'] <= state.global_step] # of a run that is resumed
         with writing('metrics.jsonl', self.folder):
@@ -308,7 +310,7 @@ def _best(trainer:FineTuner)->Path|None: # The checkpoint `final` shall be; None
     found = torch.tensor(float(best.is_dir()), device=trainer.args.device) # by machine 0, whose disk the others need not share
     if dist.is_initialized(): dist.all_reduce(found, dist.ReduceOp.MAX)
     if found.item(): return best
-    say(f'No checkpoint of this run was evaluated: {trainer.args.output_dir}/final holds the last weights.')
+    say(f'There is no checkpoint of the best evaluation in {trainer.args.output_dir}: final holds the last weights.')
 
 def save_final(
     trainer:FineTuner, # After training
@@ -332,10 +334,17 @@ def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
     if hasattr(model, 'peft_config'): return super(FineTuner, self)._load_from_checkpoint(resume_from_checkpoint, model)
     for file in sorted(set(weight_files(resume_from_checkpoint).values())): model.load_state_dict(load_file(file), strict=False)
 
+def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial):
+    "Logging, saving and evaluating as often as is asked for now."
+    self.begun_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+    counted = super(FineTuner, self)._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)
+    self.state.compute_steps(self.args, max_steps)
+    return counted
+
 def _load_callback_state(self):
     "What a checkpoint remembers of the best so far and of early stopping, when it is of this run; the patience is that of now."
     patience = [c for c in self.callback_handler.callbacks if isinstance(c, Patience)]
-    own = self.begun_from.resolve().parent == Path(self.args.output_dir).resolve()
+    own = self.begun_from.parent.resolve() == Path(self.args.output_dir).resolve()
     if own: super(FineTuner, self)._load_callback_state()
     else: self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
     stateful = TrainerState(stateful_callbacks=[c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]).stateful_callbacks
@@ -365,7 +374,7 @@ def _run_epoch(self, **how):
     else: super(FineTuner, self)._run_epoch(**how)
 
 FineTuner._load_from_checkpoint, FineTuner._load_callback_state, FineTuner._prepare_for_training = _load_from_checkpoint, _load_callback_state, _prepare_for_training
-FineTuner._renew, FineTuner._run_epoch = _renew, _run_epoch
+FineTuner._init_training_state, FineTuner._renew, FineTuner._run_epoch = _init_training_state, _renew, _run_epoch
 
 # %% ../nbs/11_training.ipynb #0f806027
 def gather_by_layer(
@@ -505,7 +514,7 @@ def _refuse_second(cfg:Config)->None: # Two runs in a folder would share checkpo
 def _train(cfg:Config, stop:Stop|None, pulse:Pulse|None, callbacks:tuple)->Path|None:
     trainer = _start(cfg, [guard for guard in (stop, pulse) if guard] + list(callbacks))
     start = newest_checkpoint(cfg.output_dir) if cfg.resume_from_checkpoint == 'auto' else cfg.resume_from_checkpoint
-    if start: say(f'resuming from {start}'); trainer.begun_from = Path(start)
+    if start: say(f'resuming from {start}')
     trainer.train(resume_from_checkpoint=str(start) if start else None)
     final = None if stop and stop.stopped else save_final(trainer)
     if not final and trainer.args.local_process_index == 0: print(f'stopped by SIGTERM after step {trainer.state.global_step}; resuming goes on from there', flush=True) # in the log of every machine
@@ -522,15 +531,17 @@ def _start(cfg:Config, callbacks:list)->FineTuner: # Ready to train, its folder 
     trainer = make_trainer(cfg)
     trainer.remove_callback(PrinterCallback)
     for callback in callbacks: trainer.add_callback(callback)
-    if trainer.args.should_save: _keep_config(cfg, Path(cfg.output_dir)/'config.json', facts(cfg, trainer.commit))
+    file, known = Path(cfg.output_dir)/'config.json', facts(cfg, trainer.commit)
+    if trainer.args.should_save and not file.is_file(): save_config(cfg, file, **known)
+    trainer.run_log.begun = partial(_keep_config, cfg, file, known)
     print(f'rank {trainer.args.process_index} of {trainer.args.world_size}, process {os.getpid()}, {trainer.args.device}, ZeRO stage {zero_stage(cfg)}', flush=True)
     if trainer.args.should_save: _claim(cfg.output_dir)
     return trainer
 
-def _keep_config(cfg:Config, file:Path, known:dict)->None: # Also when a run goes on with other settings: `config.json` is what the newest steps were made with
-    old = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
+def _keep_config(cfg:Config, file:Path, known:dict)->None: # Of a run that goes on with other settings: `config.json` is what the newest steps are made with
+    old = json.loads(file.read_text(encoding='utf-8'))
     cfg = replace(cfg, **{k: old[k] for k in ('resume_from_checkpoint', 'gpus', 'nnodes', 'node_rank', 'master_addr', 'master_port') if k in old}) # how it was started this time is no setting
-    if not old or load_config(file) != cfg: save_config(cfg, file, **{k: v for k, v in old.items() if k not in NAMES} | known)
+    if load_config(file) != cfg: save_config(cfg, file, **{k: v for k, v in old.items() if k not in NAMES} | known)
 
 def with_folder(
     cfg:Config, # A configuration

@@ -1,5 +1,5 @@
 "The guide's scripts give the guide's values; what cannot work is refused with what to do."
-import json, shlex, subprocess, sys
+import json, re, shlex, subprocess, sys
 from dataclasses import asdict, fields, replace
 
 import pytest
@@ -279,6 +279,13 @@ OFFLOADS = dict(zero_optimization=dict(stage=2, offload_optimizer=dict(device='c
 def test_optimizers_that_deepspeed_cannot_take(own_file, optim, given, said):
     with pytest.raises(ValueError, match=said): deepspeed_json(own_file(given, optim=optim))
     deepspeed_json(own_file(given, optim='sgd'))
+
+def test_an_optimizer_that_stays_as_it_is_may_be_offloaded(own_file): deepspeed_json(own_file(OFFLOADS | dict(zero_force_ds_cpu_optimizer=False), optim='adafactor'))
+
+@pytest.mark.parametrize('given, said', [(dict(zero_optimization=dict(stage=2, offload_optimizer='cpu')), 'offload_optimizer: "cpu", where DeepSpeed wants an object such as {"device": "cpu"}'),
+    (dict(zero_optimization=dict(stage=2), bf16=True), 'has bf16: true, where DeepSpeed wants an object')])
+def test_entries_of_a_deepspeed_file_that_are_no_objects(own_file, given, said):
+    with pytest.raises(ValueError, match=re.escape(said)): check_batch(own_file(given))
 
 def test_a_plateau_needs_evaluations():
     with pytest.raises(ValueError, match='looks at evaluations: set do_eval=True'): Config(**NEEDED, lr_scheduler_type='reduce_lr_on_plateau')

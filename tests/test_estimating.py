@@ -105,7 +105,7 @@ def test_nvme_is_not_the_memory_of_the_machine(asked):
 
 def test_a_bucket_that_transformers_sizes(asked):
     # The official ds_config_zero3.json has "auto" there.
-    bucket = lambda stage, size: next(r['step'] for r in asked(stage, reduce_bucket_size=size).rows if r['part'] == 'buckets and gathered weights')
+    bucket = lambda stage, size: next(r['training'] for r in asked(stage, reduce_bucket_size=size).rows if r['part'] == 'buckets and gathered weights')
     from minicpmv_nb.families import FAMILIES
     hidden = FAMILIES['2.6'].official['hidden_size']
     assert all(bucket(stage, 'auto') == bucket(stage, hidden**2) != bucket(stage, 5e8) for stage in (2, 3))

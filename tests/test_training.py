@@ -12,10 +12,10 @@ from transformers import TrainerCallback
 from support import GOLDENS, TESTS, draw_data, flags, run_ranks
 from minicpmv_nb import training
 from minicpmv_nb.batches import SampleDataset, collate, load_data
-from minicpmv_nb.config import Config, load_config, read_status
+from minicpmv_nb.config import Config, load_config, read_status, save_config
 from minicpmv_nb.model import load
 from minicpmv_nb.prompts import Processor
-from minicpmv_nb.surviving import check_resume, newest_checkpoint
+from minicpmv_nb.surviving import check_resume, checkpoints, newest_checkpoint, set_aside
 from minicpmv_nb.training import FineTuner, fit_precision, make_trainer, read_metrics, save_final, train
 
 SPEED = dict(dataloader_num_workers=0, use_cpu=True)
@@ -310,12 +310,60 @@ def test_later_checkpoints_are_set_aside(cfg, capsys):
     assert [p.name for p in run.glob('*checkpoint*')] and newest_checkpoint(run).name == 'checkpoint-4' and not (run/'checkpoint-2').exists()
 
 @pytest.mark.parametrize('changes, said', [(dict(lora_r=4), 'was trained with lora_r=8, and now it is lora_r=4'), (dict(lora_target_modules='llm.mlp'), "and now it is lora_target_modules='llm.mlp'"),
-    (dict(tune_resampler=False), 'tune_resampler=True'), (dict(loraplus_ratio=4.0), 'loraplus_ratio=None'), (dict(optim='sgd'), "optim='adamw_torch'"), (dict(deepspeed='zero2'), 'was written without ZeRO.*set deepspeed=None')])
+    (dict(tune_resampler=False), 'tune_resampler=True'), (dict(loraplus_ratio=4.0), 'loraplus_ratio=None'), (dict(optim='sgd'), "optim='adamw_torch'"),
+    (dict(lr_scheduler_type='greedy'), "lr_scheduler_type='cosine'"), (dict(deepspeed='zero2'), 'was written without ZeRO.*set deepspeed=None')])
 def test_what_may_not_change_when_a_run_goes_on(finished, changes, said, monkeypatch):
     monkeypatch.setattr(training, 'make_trainer', lambda cfg: pytest.fail('something was loaded'))
     cfg = replace(load_config(finished('LORA')/'config.json'), resume_from_checkpoint='auto', **changes)
     with pytest.raises(ValueError, match=said): train(cfg)
     assert status(finished('LORA'))['state'] == 'done' # nothing is said of the run that is there
+
+@pytest.mark.parametrize('changes', [dict(optim='adamw_torch_fused'), dict(lr_scheduler_type='linear'), dict(q_lora=True), dict(tune_vision=True, lora_target_modules='llm.mlp llm.attention'), dict(hang_timeout=5, lora_dropout=.1)])
+def test_what_is_the_same_to_the_optimizer_may_change(cfg, changes):
+    run = Path(cfg.output_dir)
+    (run/'checkpoint-2').mkdir(parents=True)
+    for name in ('trainer_state.json', 'optimizer.pt'): (run/'checkpoint-2'/name).touch()
+    old = replace(cfg, resume_from_checkpoint='auto', tune_vision='tune_vision' in changes, lora_target_modules='llm.attention llm.mlp')
+    save_config(old, run/'config.json')
+    check_resume(replace(old, **changes))
+    (run/'config.json').write_text('[]') # nothing is known of it
+    check_resume(replace(old, lora_r=4))
+
+def test_checkpoints_on_another_disk(cfg, eval_file, tmp_path):
+    cfg = replace(cfg, eval_data_path=str(eval_file), do_eval=True, eval_steps=2)
+    train(cfg)
+    best = json.loads((Path(cfg.output_dir)/'checkpoint-4/trainer_state.json').read_text())['best_global_step']
+    there = (tmp_path/'other').resolve(); there.mkdir()
+    shutil.move(Path(cfg.output_dir)/'checkpoint-4', there/'checkpoint-4'); (Path(cfg.output_dir)/'checkpoint-4').symlink_to(there/'checkpoint-4')
+    class Sees(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kw): assert state.best_global_step == best; seen.append(best)
+    seen = []
+    train(replace(cfg, resume_from_checkpoint='auto', max_steps=5), callbacks=(Sees,))
+    assert seen == [best] and best
+
+def test_saving_and_logging_as_often_as_now(cfg):
+    run = Path(cfg.output_dir)
+    train(replace(cfg, max_steps=2))
+    train(replace(cfg, resume_from_checkpoint='auto', max_steps=6, save_steps=1, logging_steps=2))
+    assert [p.name for p in checkpoints(run)] == [f'checkpoint-{n}' for n in (2, 3, 4, 5, 6)] and [m['step'] for m in steps(run)] == [1, 2, 4, 6]
+
+def test_a_trainer_of_its_own_goes_on(cfg):
+    train(replace(cfg, max_steps=2))
+    trainer = make_trainer(replace(cfg, max_steps=3))
+    trainer.train(resume_from_checkpoint=str(Path(cfg.output_dir)/'checkpoint-2'))
+    assert trainer.state.global_step == 3
+
+def test_settings_are_kept_when_training_begins_and_not_before(cfg, monkeypatch):
+    train(replace(cfg, max_steps=2))
+    monkeypatch.setattr(FineTuner, 'train', lambda *args, **kw: (_ for _ in ()).throw(RuntimeError('never began')))
+    with pytest.raises(RuntimeError, match='never began'): train(replace(cfg, max_steps=9, resume_from_checkpoint='auto'))
+    assert load_config(Path(cfg.output_dir)/'config.json').max_steps == 2
+
+def test_left_checkpoints_are_never_deleted(tmp_path):
+    for n in (1, 2):
+        (tmp_path/'checkpoint-4').mkdir()
+        assert set_aside(tmp_path, 0) == [f'left-checkpoint-4{"" if n == 1 else "-2"}']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['left-checkpoint-4', 'left-checkpoint-4-2']
 
 def test_a_split_optimizer_wants_its_processes(tmp_path):
     folder = tmp_path/'checkpoint-3'; (folder/'global_step3').mkdir(parents=True)
@@ -324,6 +372,7 @@ def test_a_split_optimizer_wants_its_processes(tmp_path):
     cfg = Config('model', 'data', use_lora=True, resume_from_checkpoint=str(folder), deepspeed='ds_config_zero2.json')
     check_resume(cfg, 2); check_resume(cfg)
     with pytest.raises(ValueError, match='split over 2 processes, and DeepSpeed cannot split it anew for 4: set gpus=2'): check_resume(cfg, 4)
+    with pytest.raises(ValueError, match='was written with bf16=False'): check_resume(replace(cfg, bf16=True), 2)
     for other, how in (('ds_config_zero3.json', 'by ZeRO-2'), (None, 'by ZeRO-2')):
         with pytest.raises(ValueError, match=f"was written {how}.*set deepspeed='ds_config_zero2.json'"): check_resume(replace(cfg, deepspeed=other), 2)
 
