@@ -439,7 +439,7 @@ def _ours(cfg:Config, stage:int)->dict:
         train_micro_batch_size_per_gpu=cfg.per_device_train_batch_size, gradient_accumulation_steps=cfg.gradient_accumulation_steps,
         train_batch_size='auto', zero_allow_untested_optimizer=True)
 
-# Optimisers whose code for the CPU DeepSpeed has not, or calls otherwise; every name of transformers was tried
+# Optimisers whose code for the CPU DeepSpeed has not, or calls otherwise
 STAYS_ON_GPU = ('adafactor', 'ademamix', 'ademamix_8bit', 'lion_32bit', 'paged_ademamix_32bit', 'paged_ademamix_8bit', 'paged_lion_32bit')
 
 def _takes(given:dict, cfg:Config)->dict: # The same, unless DeepSpeed would fail with the optimiser

@@ -531,17 +531,17 @@ def _start(cfg:Config, callbacks:list)->FineTuner: # Ready to train, its folder 
     trainer = make_trainer(cfg)
     trainer.remove_callback(PrinterCallback)
     for callback in callbacks: trainer.add_callback(callback)
-    file, known = Path(cfg.output_dir)/'config.json', facts(cfg, trainer.commit)
-    if trainer.args.should_save and not file.is_file(): save_config(cfg, file, **known)
-    trainer.run_log.begun = partial(_keep_config, cfg, file, known)
+    file = Path(cfg.output_dir)/'config.json'
+    if trainer.args.should_save and not file.is_file(): save_config(cfg, file, **facts(cfg, trainer.commit))
+    trainer.run_log.begun = partial(_keep_config, cfg, file, trainer.commit)
     print(f'rank {trainer.args.process_index} of {trainer.args.world_size}, process {os.getpid()}, {trainer.args.device}, ZeRO stage {zero_stage(cfg)}', flush=True)
     if trainer.args.should_save: _claim(cfg.output_dir)
     return trainer
 
-def _keep_config(cfg:Config, file:Path, known:dict)->None: # Of a run that goes on with other settings: `config.json` is what the newest steps are made with
+def _keep_config(cfg:Config, file:Path, commit:str|None)->None: # Of a run that goes on with other settings: `config.json` is what the newest steps are made with
     old = json.loads(file.read_text(encoding='utf-8'))
     cfg = replace(cfg, **{k: old[k] for k in ('resume_from_checkpoint', 'gpus', 'nnodes', 'node_rank', 'master_addr', 'master_port') if k in old}) # how it was started this time is no setting
-    if load_config(file) != cfg: save_config(cfg, file, **{k: v for k, v in old.items() if k not in NAMES} | known)
+    if load_config(file) != cfg: save_config(cfg, file, **{k: v for k, v in old.items() if k not in NAMES} | facts(cfg, commit))
 
 def with_folder(
     cfg:Config, # A configuration
