@@ -115,7 +115,8 @@ class RunLog(TrainerCallback):
         if not state.is_world_process_zero: return
         self.begun()
         if left := set_aside(self.folder, state.global_step): print(f'The run goes on from step {state.global_step}. Set aside, and yours to delete: {", ".join(left)}', flush=True)
-        kept = [m for m in read_metrics(self.folder) if m['step'] <= state.global_step] # of a run that is resumed
+        again = args.eval_on_start and state.global_step # an evaluation that is made once more
+        kept = [m for m in read_metrics(self.folder) if m['step'] <= state.global_step and not ('eval_loss' in m and m['step'] == again)] # of a run that is resumed
         with writing('metrics.jsonl', self.folder):
             (self.folder/'.metrics').write_text(''.join(json.dumps(m) + '\n' for m in kept))
             os.replace(self.folder/'.metrics', self.folder/'metrics.jsonl')
@@ -339,12 +340,31 @@ def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_
     self.begun_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
     counted = super(FineTuner, self)._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)
     self.state.compute_steps(self.args, max_steps)
+    self.args.eval_on_start = self._lacks_evaluation()
     return counted
+
+def _own(self)->bool: # Whether the checkpoint is of this run
+    return bool(self.begun_from) and self.begun_from.parent.resolve() == Path(self.args.output_dir).resolve()
+
+def _lacks_evaluation(self)->bool: # The checkpoint of an epoch's last step is written before its evaluation
+    s = self.state
+    at_end = s.global_step and (s.epoch == int(s.epoch) or s.global_step >= s.max_steps)
+    return bool(self.args.eval_strategy == 'epoch' and at_end and self._own() and not any('eval_loss' in e and e['step'] == s.global_step for e in s.log_history))
+
+def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
+    "Before the first step, an evaluation is one that was missed; a checkpoint then remembers it."
+    if not skip_scheduler: return super(FineTuner, self)._evaluate(trial, ignore_keys_for_eval)
+    self._load_rng_state(self.begun_from)
+    metrics = super(FineTuner, self)._evaluate(trial, ignore_keys_for_eval)
+    self._determine_best_metric(metrics, trial)
+    self._save_checkpoint(self.model_wrapped, trial)
+    self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+    return metrics
 
 def _load_callback_state(self):
     "What a checkpoint remembers of the best so far and of early stopping, when it is of this run; the patience is that of now."
     patience = [c for c in self.callback_handler.callbacks if isinstance(c, Patience)]
-    own = self.begun_from.parent.resolve() == Path(self.args.output_dir).resolve()
+    own = self._own()
     if own: super(FineTuner, self)._load_callback_state()
     else: self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
     stateful = TrainerState(stateful_callbacks=[c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]).stateful_callbacks
@@ -375,6 +395,7 @@ def _run_epoch(self, **how):
 
 FineTuner._load_from_checkpoint, FineTuner._load_callback_state, FineTuner._prepare_for_training = _load_from_checkpoint, _load_callback_state, _prepare_for_training
 FineTuner._init_training_state, FineTuner._renew, FineTuner._run_epoch = _init_training_state, _renew, _run_epoch
+FineTuner._own, FineTuner._lacks_evaluation, FineTuner._evaluate = _own, _lacks_evaluation, _evaluate
 
 # %% ../nbs/11_training.ipynb #0f806027
 def gather_by_layer(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from support import draw_data, flags, free_port
 from minicpmv_nb import training
 from minicpmv_nb.config import Config, read_status
-from minicpmv_nb.surviving import Pulse, checkpoints, newest_checkpoint, rotate, writing
+from minicpmv_nb.surviving import Pulse, Stop, checkpoints, newest_checkpoint, rotate, writing
 from minicpmv_nb.training import read_metrics, train
 
 STEPS = 24
@@ -266,6 +266,40 @@ def test_the_best_of_another_run_does_not_count(judged, tmp_path):
 def test_what_the_best_needs_is_said(judged):
     with pytest.raises(ValueError, match='load_best_model_at_end needs checkpoints'): train(replace(judged, load_best_model_at_end=True, save_strategy='no'))
     with pytest.raises(ValueError, match='load_best_model_at_end and early_stopping_patience need evaluations'): train(replace(judged, early_stopping_patience=1, evaluation_strategy='no'))
+
+class StopAfter(Stop):
+    "SIGTERM in the middle of this step."
+    def __init__(self, folder, step): super().__init__(folder); self.step = step
+    def on_step_end(self, args, state, control, **kw):
+        if state.global_step == self.step: self.asked = 1.
+        super().on_step_end(args, state, control, **kw)
+
+def test_an_evaluation_that_was_missed_is_made_up_for(judged, tmp_path, monkeypatch):
+    # The checkpoint of an epoch's last step is written before its evaluation, by the second of which the run is killed; then stopped in front of the third, killed in the fourth.
+    cfg = replace(judged, evaluation_strategy='epoch', num_train_epochs=4, max_steps=-1, per_device_train_batch_size=4, lora_dropout=.05, save_total_limit=None, load_best_model_at_end=True)
+    def part(name, losses, stop=None):
+        with monkeypatch.context() as m:
+            m.setattr(training.FineTuner, 'evaluation_loop', again(losses))
+            return train(replace(cfg, output_dir=str(tmp_path/name), resume_from_checkpoint='auto'), stop=stop)
+    part('whole', LOSSES[:4])
+    with pytest.raises(StopIteration): part('run', LOSSES[:1])
+    assert newest_checkpoint(tmp_path/'run').name == 'checkpoint-12'
+    assert part('run', LOSSES[1:2], StopAfter(tmp_path/'run', 18)) is None
+    with pytest.raises(StopIteration): part('run', LOSSES[2:3])
+    part('run', LOSSES[3:4])
+    for seen in (rows, lambda run: [(m['step'], m['eval_loss']) for m in read_metrics(run) if 'eval_loss' in m], lambda run: read_status(run)['best_step'], names): assert seen(tmp_path/'run') == seen(tmp_path/'whole')
+    assert [m['step'] for m in read_metrics(tmp_path/'run') if 'eval_loss' in m] == [6, 12, 18, 24] and same(weights(tmp_path/'run/final'), weights(tmp_path/'whole/checkpoint-18'))
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stage', [2, 3])
+def test_a_missed_evaluation_under_deepspeed(argv, tmp_path, drawn, stage):
+    more = dict(deepspeed=f'ds_config_zero{stage}.json', do_eval='true', eval_data_path=drawn, evaluation_strategy='epoch', save_steps=4)
+    Job(argv(tmp_path/'whole', **more)).finish()
+    run = tmp_path/'run'
+    killed(Job(argv(run, **more)), (run/'checkpoint-12').is_dir, 'all') # 12 steps an epoch
+    assert not any('eval_loss' in m for m in json.loads((run/'checkpoint-12/trainer_state.json').read_text())['log_history'])
+    Job(argv(run, **more, resume_from_checkpoint='auto')).finish()
+    assert rows(run) == rows(tmp_path/'whole') and [(m['step'], m['eval_loss']) for m in read_metrics(run) if 'eval_loss' in m] == [(m['step'], m['eval_loss']) for m in read_metrics(tmp_path/'whole') if 'eval_loss' in m]
 
 @pytest.mark.slow
 @pytest.mark.parametrize('stage', [2, 3])
