@@ -151,7 +151,7 @@ class MergePanel(RunsPanel):
             fields = [typed_path(box) for box in (self.base, self.adapter, self.out)]
             if lacking := [name for name, value in zip(('base', 'adapter', 'new folder'), fields) if not value]: raise ValueError(f'Fill in {" and ".join(lacking)}.')
             self.say(f'reading {fields[1]}', 'busy')
-            done = merge(*fields, check=self.check.value, watch=self.watch, tell=lambda line: setattr(self, 'confirmed', line))
+            done = merge(*fields, check=self.check.value, watch=self.watch, tell=lambda line: setattr(self, 'confirmed', f'{self.confirmed} {line}'.strip()))
         finally: self.stop.disabled = True
         self.done, self.bar.value = done, self.bar.max
         self.say(f'{done}: {self.confirmed or "merged; the check was left out."}', 'done')

@@ -7,10 +7,10 @@ __all__ = ['AGAIN', 'PULL', 'POINTER', 'SIZES', 'NUMBERS', 'VISION_SIZES', 'METH
            'COMPILER', 'HEADER', 'NINJA', 'EXTRAS', 'MACHINE_CHECKS', 'Folder', 'read_json', 'check_config', 'sizes',
            'missing_settings', 'other_sizes', 'check_settings', 'file_problem', 'check_files', 'check_precision',
            'check_tensors', 'check_count', 'check_index', 'token_faults', 'check_tokenizer', 'example', 'both_ways',
-           'check_prompt', 'check_pictures', 'check_others', 'training_counts', 'MemoryTable', 'memory_table',
-           'check_training', 'row', 'attempt', 'examine', 'Machine', 'this_machine', 'build_tools', 'fits',
-           'machine_rows', 'needed', 'faults', 'check_python', 'check_packages', 'check_devices', 'check_compiling',
-           'check_four_bits', 'check_methods', 'examine_machine', 'Diagnosis', 'doctor', 'main']
+           'check_prompt', 'check_pictures', 'check_others', 'check_code', 'training_counts', 'MemoryTable',
+           'memory_table', 'check_training', 'row', 'attempt', 'examine', 'Machine', 'this_machine', 'build_tools',
+           'fits', 'machine_rows', 'needed', 'faults', 'check_python', 'check_packages', 'check_devices',
+           'check_compiling', 'check_four_bits', 'check_methods', 'examine_machine', 'Diagnosis', 'doctor', 'main']
 
 # %% ../nbs/17_diagnosis.ipynb #fd586c6e
 import argparse, json, math, os, platform, shlex, shutil, sys, sysconfig, textwrap
@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from .config import full, html_table, lora, qlora, size_text, text_table
 from .families import FAMILIES, Family, find_family, read_config, resolve, vision_config
 from .merging import Stored, stored_tensors
-from .model import MiniCPMV, left_out, weight_files
+from .model import MiniCPMV, code_note, left_out, weight_files
 from .quantizing import check_packed, is_quantized, packed_layers, quantized_layers, to_nf4
 from .prompts import Processor, conversation_spans, encode, picture_sizes
 from .samples import Picture, Turn
@@ -272,6 +272,10 @@ def check_others(f:Folder): # What to look at; yields verdicts
     if pickles: yield 'note', f'{len(pickles)} .bin files ({_some(pickles, 3)}). Pickles can run code when they are opened, so they are not.'
     if not (code or pickles): yield 'ok', 'No Python files, no pickles.'
 
+def check_code(f:Folder): # What to look at; yields verdicts
+    "Could other programs use it as it is?"
+    yield ('note', *note) if (note := code_note(f.path)) else ('ok', 'No Python file that the settings name is missing.')
+
 # %% ../nbs/17_diagnosis.ipynb #9f483133
 METHODS = dict(LoRA=lora, QLoRA=qlora, full=full)
 STAGES = {0: 'no ZeRO', 2: 'ZeRO-2', 3: 'ZeRO-3'}
@@ -334,7 +338,8 @@ CHECKS = { # Name: the check, and the checks it builds on
     'prompt': (check_prompt, ('tokenizer',)),
     'pictures': (check_pictures, ('settings',)),
     'training': (check_training, ('settings',)),
-    'other files': (check_others, ())}
+    'other files': (check_others, ()),
+    'other programs': (check_code, ('tokenizer', 'pictures'))}
 
 def row(
     about:str, # `folder` or `machine`

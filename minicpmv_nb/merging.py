@@ -16,7 +16,7 @@ import torch
 
 from .config import size_text
 from .families import resolve
-from .model import adapter_notes, complete, copy_rest, fingerprint, open_weights, read_tensor, set_max_slices, weight_files
+from .model import adapter_notes, code_note, complete, copy_rest, fingerprint, open_weights, read_tensor, set_max_slices, weight_files
 from .quantizing import is_quantized
 
 # %% ../nbs/14_merging.ipynb #23e32816
@@ -154,7 +154,7 @@ def merge(
     out:str|Path, # A new folder
     check:bool=True, # Reload the result in another process and compare logits; needs memory for the model
     watch=None, # Instead of a bar: called before each weight file and after the last with how many are done, and how many there are; returning True stops
-    tell=print, # Gets the result of the check
+    tell=print, # Gets the result of the check, and what other programs may lack
 )->Path: # `out`, a checkpoint in official layout
     "Merge an adapter into its base, tensor by tensor. Raises `FileExistsError` for a folder that is not empty, `OSError` for a full disk, `ValueError` when adapter and base do not fit or the check fails."
     base, changes = resolve(str(base))[0], read_adapter(adapter)
@@ -171,6 +171,7 @@ def merge(
         for index in base.glob('*.safetensors.index.json'): shutil.copy(index, part)
         _write_files(files, changes, part, watch, out)
         if check: tell(compare(base, adapter, part))
+    if note := code_note(base, out): tell(' '.join(note))
     return Path(out).expanduser()
 
 def compare(

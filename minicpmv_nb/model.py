@@ -7,11 +7,11 @@ __all__ = ['NOT_LLM', 'TINY', 'TINY_TOWER', 'LEFT_OUT_SIZE', 'WEIGHTS', 'LEFT_BY
            'shift', 'head_losses', 'token_losses', 'llm_config', 'ScaledEmbedding', 'ScaledNorm', 'ScaledAttention',
            'ScaledMLP', 'scale_llama', 'MiniCPMV', 'tiny_checkpoint', 'processor_settings', 'open_weights',
            'weight_files', 'read_tensor', 'tensor_shapes', 'check_shapes', 'say', 'left_out', 'tell_family',
-           'check_weights', 'load', 'fill', 'copy_rest', 'set_max_slices', 'write_checkpoint', 'aside', 'into_place',
-           'complete', 'save', 'fingerprint', 'adapter_notes', 'generate']
+           'check_weights', 'load', 'fill', 'copy_rest', 'set_max_slices', 'code_note', 'write_checkpoint', 'aside',
+           'into_place', 'complete', 'save', 'fingerprint', 'adapter_notes', 'generate']
 
 # %% ../nbs/06_model.ipynb #87c08460
-import hashlib, json, math, os, shutil
+import hashlib, json, math, os, shlex, shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -386,6 +386,17 @@ def set_max_slices(
         if place.get('max_slice_nums') == max_slices: continue
         place['max_slice_nums'] = max_slices
         file.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding='utf-8')
+
+def code_note(
+    folder:str|Path, # A checkpoint folder
+    out:str|Path='FOLDER', # Where its copy goes, if that is known
+)->tuple[str,str]|None: # What lacks, and what to do; None: nothing
+    "Which Python files do the settings name that are not there? They are left out of a download on purpose, and this package needs none."
+    maps = [json.loads(f.read_text(encoding='utf-8')).get('auto_map') or {} for f in sorted(Path(folder).glob('*config.json'))]
+    classes = [c for m in maps for entry in m.values() for c in ([entry] if isinstance(entry, str) else entry) if c and '--' not in c] # with `--` they are looked up on the hub
+    lacking = [name for name in dict.fromkeys(f'{c.split(".")[0]}.py' for c in classes) if not (Path(folder)/name).is_file()]
+    if lacking: return (f'Named by the settings, but not in the folder: {", ".join(lacking)}. This package needs no code from a checkpoint; programs that run the official code do.',
+        f"For those, put it beside the weights that are saved: hf download {find_family(read_config(folder)).hub_id} --include '*.py' --local-dir {shlex.quote(str(out))}")
 
 def write_checkpoint(
     state:dict[str,torch.Tensor], # Tensors under official names

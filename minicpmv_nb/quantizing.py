@@ -16,7 +16,7 @@ from torch import nn
 
 from .config import Config
 from .families import Family, find_family, read_config, resolve
-from .model import MiniCPMV, check_shapes, complete, copy_rest, fill, left_out, load, open_weights, read_tensor, tell_family, tensor_shapes, weight_files
+from .model import MiniCPMV, check_shapes, code_note, complete, copy_rest, fill, left_out, load, open_weights, read_tensor, say, tell_family, tensor_shapes, weight_files
 
 # %% ../nbs/09_quantizing.ipynb #ebfab48a
 def _bitsandbytes(): # Imported where it is needed
@@ -184,6 +184,7 @@ def quantize(
         sizes = {file.name: _pack_file(file, names, part/file.name, device) for file in tqdm(sorted(set(files.values())), desc='quantising', delay=2)}
         if len(sizes) > 1: _write_index(sizes, part)
         check_packed(weight_files(part), want, names, model.family, part)
+    if note := code_note(src, out): say(' '.join(note))
     return Path(out).expanduser()
 
 def _write_index(sizes:dict, folder:Path)->None: # Which file holds which tensor

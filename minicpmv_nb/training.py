@@ -27,7 +27,7 @@ from . import __version__
 from .batches import SampleDataset, collate, data_hash, load_data
 from .config import NAMES, Config, clock, deepspeed_json, deepspeed_notes, flag_help, load_config, nearest_name, precision_notes, from_flags, read_metrics, read_status, save_config, write_json, write_status, zero_stage
 from .families import check_llm_type, find_family, read_config, resolve
-from .model import NOTES, check_shapes, fingerprint, read_tensor, say, tensor_shapes, weight_files, write_checkpoint
+from .model import NOTES, check_shapes, code_note, fingerprint, read_tensor, say, tensor_shapes, weight_files, write_checkpoint
 from .prompts import Processor
 from .quantizing import check_types, is_quantized, keep_layout, load_any, packed_tower, refuse_four_bit
 from .samples import Report
@@ -326,6 +326,7 @@ def save_final(
         elif trainer.args.should_save: _copy_best(best, aside)
         trainer.accelerator.wait_for_everyone()
         if trainer.args.should_save: flush_folder(aside); os.replace(aside, out)
+    if trainer.args.should_save and not (out/'adapter_config.json').is_file() and (note := code_note(trainer.base, out)): say(' '.join(note))
     return out
 
 # %% ../nbs/11_training.ipynb #d1df0012

@@ -308,7 +308,7 @@ def test_size_in_the_index(shards):
 
 def test_no_tokenizer(sick):
     (sick/'tokenizer.json').unlink()
-    assert 'has no tokenizer.json' in wrong(sick)['tokenizer'] and rows(sick, 'not examined', 'note') == ['prompt: they build on what is wrong above.']
+    assert 'has no tokenizer.json' in wrong(sick)['tokenizer'] and rows(sick, 'not examined', 'note') == ['prompt, other programs: they build on what is wrong above.']
 
 @pytest.mark.parametrize('content', ['{"added_tokens": [', '{}', '[]', '{"model": {"vocab": {}}}', 'version https://git-lfs.github.com/spec/v1\n'])
 def test_broken_tokenizer(sick, content):

@@ -57,6 +57,11 @@ def test_rounded_once_to_the_type_of_the_base(tiny, tmp_path, dtype):
     exact = add_adapter(load(base), adapter).merge_and_unload().state_dict() # in float32
     assert all(t.dtype == dtype and torch.equal(t, exact[n].to(dtype)) for n, t in merged.items())
 
+def test_code_that_the_base_lacks_is_named(golden, tmp_path):
+    said = []
+    merge(golden, adapter_of(golden, tmp_path/'adapter'), tmp_path/'merged', check=False, tell=said.append)
+    assert len(said) == 1 and 'modeling_minicpmv.py' in said[0] and f"--include '*.py' --local-dir {tmp_path/'merged'}" in said[0]
+
 def test_merged_again_can_be_tuned_again(tiny, tmp_path):
     merged = merge(tiny, adapter_of(tiny, tmp_path/'adapter'), tmp_path/'merged')
     again = merge(merged, adapter_of(merged, tmp_path/'second'), tmp_path/'again')

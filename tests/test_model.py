@@ -1,10 +1,11 @@
 "The model's own messages: broken files, wrong bounds, leftovers; and where an answer ends."
 import json, shutil
+from pathlib import Path
 
 import pytest
 import torch
 
-from minicpmv_nb.model import aside, complete, copy_rest, fingerprint, generate, load, place, save
+from minicpmv_nb.model import aside, code_note, complete, copy_rest, fingerprint, generate, load, place, save
 from support import QUESTION
 
 BATCH = dict(pixel_values=torch.zeros(1, 3, 14, 84, dtype=torch.uint8), target_sizes=torch.tensor([[2, 3]]), slices_per_sample=torch.tensor([1]))
@@ -54,3 +55,14 @@ def test_after_an_error_nothing_is_left(tmp_path):
 def test_home_folder(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path)); monkeypatch.chdir(tmp_path)
     assert save(load(tiny).state_dict(), tiny, '~/copy') == tmp_path/'copy' and (tmp_path/'copy'/'config.json').is_file() and not (tmp_path/'~').exists()
+
+def test_what_a_download_left_out_is_said(tiny, tmp_path):
+    folder = Path(shutil.copytree(tiny, tmp_path/'base'))
+    assert code_note(folder) is None # nothing is named
+    def name(file, **maps): (folder/file).write_text(json.dumps(json.loads((folder/file).read_text()) | dict(auto_map=maps)))
+    name('config.json', AutoConfig='configuration_minicpm.MiniCPMVConfig', AutoModel='modeling_minicpmv.MiniCPMV', AutoModelForCausalLM='modeling_minicpmv.MiniCPMV')
+    name('tokenizer_config.json', AutoTokenizer=['tokenization_minicpmv_fast.Fast', None]); name('preprocessor_config.json', AutoProcessor='openbmb/MiniCPM-V-2_6--processing_minicpmv.Processor')
+    found, do = code_note(folder, 'my model')
+    assert 'configuration_minicpm.py, modeling_minicpmv.py, tokenization_minicpmv_fast.py.' in found and do.endswith("hf download openbmb/MiniCPM-Llama3-V-2_5 --include '*.py' --local-dir 'my model'")
+    for file in ('configuration_minicpm.py', 'modeling_minicpmv.py', 'tokenization_minicpmv_fast.py'): (folder/file).touch()
+    assert code_note(folder) is None
