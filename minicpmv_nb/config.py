@@ -153,6 +153,7 @@ def _rules(c:Config): # Pairs of (is it wrong, what to say)
         (c.max_steps == 0 or c.max_steps < -1, f'max_steps is {c.max_steps}: give a positive number, or -1 to train for num_train_epochs.'),
         (not 0 <= c.warmup_ratio <= 1, f'warmup_ratio is {c.warmup_ratio}: it is a share of the steps, between 0 and 1.'),
         (not 0 <= c.lora_dropout < 1, f'lora_dropout is {c.lora_dropout}: it is a probability below 1.'),
+        (c.seed >= 2**32, f'seed is {c.seed}: it must be below 2**32, since NumPy takes no larger one.'),
         (not 0 <= c.adam_beta1 < 1, f'adam_beta1 is {c.adam_beta1}: it must be at least 0 and below 1.'),
         (not 0 <= c.adam_beta2 < 1, f'adam_beta2 is {c.adam_beta2}: it must be at least 0 and below 1.'),
         (c.master_port is not None and not 1 <= c.master_port <= 65535, f'master_port is {c.master_port}: give a number from 1 to 65535, or None for a free one.'),

@@ -204,6 +204,7 @@ def test_unknown_setting_gives_the_nearest_name(preset):
     (dict(max_grad_norm=-1.0), 'max_grad_norm is -1.0: it must not be negative.'),
     (dict(dataloader_num_workers=-1), 'dataloader_num_workers is -1: it must not be negative.'),
     (dict(adam_beta2=1.0), 'adam_beta2 is 1.0: it must be at least 0 and below 1.'),
+    (dict(seed=2**32), 'seed is 4294967296: it must be below 2**32, since NumPy takes no larger one.'),
     (dict(master_port=70000), 'master_port is 70000: give a number from 1 to 65535, or None for a free one.'),
     (dict(deepspeed=''), "deepspeed is '': give a DeepSpeed JSON, or None."),
     (dict(offload='all', deepspeed='ds_config_zero2.json'), "offload='all' needs ZeRO-3, which alone splits the weights: set deepspeed='ds_config_zero3.json', or offload='optimizer'.")])
