@@ -115,7 +115,7 @@ def _chat(self,
     from PIL import Image
     if talk and system: raise ValueError('A system prompt stands at the beginning: leave out talk to start anew with it.')
     shown = [] if pictures is None else pictures if isinstance(pictures, (list, tuple)) else [pictures]
-    opened = [Image.open(p).convert('RGB') if isinstance(p, (str, Path)) else p for p in shown]
+    opened = [Image.open(Path(p).expanduser()).convert('RGB') if isinstance(p, (str, Path)) else p for p in shown]
     return self.reply(ask_turns(opened, question, system), opened, talk, **how)
 
 Chat.reply, Chat.chat = _reply, _chat

@@ -435,7 +435,7 @@ def _chat(a, rest, p)->None:
     for path in a.picture: open_picture(Path(path)) # before a minute of loading
     from minicpmv_nb.chat import Chat
     chat = Chat.load(a.folder, a.adapter)
-    how = {k: v for k in ('thinking', 'max_new_tokens', 'temperature', 'top_p') if (v := getattr(a, k)) not in (None, False)}
+    how = {k: v for k in ('thinking', 'max_new_tokens', 'temperature', 'top_p') if (v := getattr(a, k)) is not None and v is not False}
     if a.question: return print(chat.chat(a.picture or None, a.question, system=a.system, **how)[0])
     if sys.stdin.isatty(): print(WORDS)
     converse(chat, _typed(), a.picture, a.system, **how)

@@ -130,9 +130,8 @@ def whole_html(
     shape:SlicePlan|None=None, # How it is cut; None: not known
 )->str: # HTML
     "Draw a picture with its cuts."
-    from PIL import ImageOps
     cuts = '' if shape is None else '; not cut' if shape.grid is None else f'; cut into {shape.grid[0]} x {shape.grid[1]}'
-    shown = draw_grid(im, shape, 320) if shape else ImageOps.contain(im, (320, 320))
+    shown = draw_grid(im, shape, 320) if shape else im.resize([max(1, round(side*320/max(im.size))) for side in im.size])
     return figure(shown, f'picture {number}: {Path(picture.path).name}, {picture.width} x {picture.height} pixels{cuts}', shown.width)
 
 def pieces_html(

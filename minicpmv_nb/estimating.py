@@ -26,7 +26,7 @@ from .config import Config, deepspeed_json, html_table, offloaded, text_table, z
 from .families import look_up, read_config, resolve
 from .model import MiniCPMV, head_losses, place
 from .prompts import Encoded, Processor, encode, picture_sizes
-from .quantizing import quantized_layers
+from .quantizing import FOUR_BIT_ONLY, quantized_layers
 from .samples import check
 from .training import fit_precision
 from .tuning import PACKED_BYTES, memory, parameter_groups, tune
@@ -161,6 +161,7 @@ _ALONE = threading.Lock() # Two steps at a time would undo each other's change o
 @lru_cache(maxsize=32)
 def _paper_step(config:str, cfg:Config, work:Work, keep:bool)->Step:
     config = json.loads(config)
+    if not any(work.pieces): work = replace(work, pieces=(((1, 1),),)+work.pieces[1:]) # so does the model with a batch without pictures
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     tuned = fake_model(config, cfg, mode)
     model = _bare(tuned)
@@ -231,30 +232,39 @@ def _unmeasured(cfg:Config, config:dict)->Work: # Of a published model that is n
     work = _limits(cfg, config, cfg.per_device_train_batch_size)
     return replace(work, source=f'{cfg.model_name_or_path} is not on this machine, so its published sizes are taken and the data is not measured: ' + work.source.partition(': ')[2])
 
+def _as_stored(config:dict, cfg:Config)->Config: # A checkpoint in four bits may have packed its tower as well
+    how = config.get('quantization_config')
+    if how is None: return cfg
+    if not cfg.q_lora: raise ValueError(FOUR_BIT_ONLY.format(cfg.model_name_or_path))
+    return replace(cfg, quantize_vision='vpm' not in (how.get('llm_int8_skip_modules') or ()))
+
 def estimate(
     cfg:Config, # What shall be run; without a data file the limits are taken to be reached
     gpus:int|None=None, # GPUs on this machine, at least 1; None: what `cfg` says, or one. Times `cfg.nnodes`
     work:Work|None=None, # A batch to reckon with; None: `heaviest`
 )->Estimate: # `print` it, or end a cell with it; `total` is what a GPU must have
-    "Say how much memory a run needs on each GPU, by part and moment. Only `config.json` of the checkpoint is read, and for a data file its tokenizer; of a model on a hub no more than these is downloaded, and of a published one nothing. Raises as `heaviest` and `resolve`, and `ValueError` for less than one GPU."
+    "Say how much memory a run needs on each GPU, by part and moment. Only `config.json` of the checkpoint is read, and for a data file its tokenizer; of a model on a hub no more than these is downloaded, and of a published one nothing. Raises as `heaviest` and `resolve`, and `ValueError` for less than one GPU, and for a quantised checkpoint without `q_lora`."
     if cfg.use_cpu: cfg = fit_precision(cfg, gpu=False)[0] # as the run will
     if gpus is not None and gpus < 1: raise ValueError(f'gpus is {gpus}: give the number of GPUs, at least 1, or None.')
     ranks, (config, folder) = (gpus or cfg.gpus or 1)*cfg.nnodes, look_up(cfg.model_name_or_path, cfg.revision)
     if config is None: folder = resolve(cfg.model_name_or_path, cfg.revision, ['*.json'])[0]; config = read_config(folder) # no weights
+    cfg = _as_stored(config, cfg)
     work = work or (heaviest(cfg, folder) if folder else _unmeasured(cfg, config))
     host = _host(config, cfg, ranks)
     away = [dict(part='what is offloaded', loading=0.0, training=host, step=host)] if cfg.use_cpu and host else [] # to the same memory
     return Estimate(_rows(config, cfg, ranks, work) + away, ranks, work, _notes(cfg, ranks, host), host, cfg.use_cpu, ranks//cfg.nnodes)
 
 # %% ../nbs/16_estimating.ipynb #5f5e4bb7
-MOMENTS = (('adafactor', 0), ('sgd', 0), ('rmsprop', 4), ('adagrad', 4), ('lion', 4), ('8bit', 2)) # Bytes of state by what an optimiser's name holds; others are Adams
+MOMENTS = (('adafactor', 0), ('sgd', 0), ('rmsprop', 4), ('adagrad', 4), ('lion', 4), ('ademamix', 12)) # Bytes of state by what an optimiser's name holds; others are Adams
 
 def moment_bytes(
     optim:str, # An optimiser name of transformers
+    flat:bool=False, # Whether the weights are one long vector, as under ZeRO: Adafactor then finds no rows and columns to sum
 )->int: # Per trained parameter
     "The optimiser's state, its float32 copy of the weights aside."
-    found = [n for name, n in MOMENTS if name in optim]
-    return (found[-1]//(2 if '8bit' in optim and 'lion' in optim else 1) if found else 8)
+    if flat and 'adafactor' in optim: return 4
+    full = next((n for name, n in MOMENTS if name in optim), 8)
+    return full//4 if '8bit' in optim else full
 
 @lru_cache(maxsize=16)
 def _counts(text:str, cfg:Config)->dict: # Parameters: trained, frozen, packed; the largest layer that is packed, and the largest weight that trains; those of each of the optimiser's groups; each weight that trains, and each that does not, with whether it is packed
@@ -271,9 +281,9 @@ def _counts(text:str, cfg:Config)->dict: # Parameters: trained, frozen, packed; 
 
 def _rows(config:dict, cfg:Config, ranks:int, work:Work)->list[dict]: # One per part
     stage, width = zero_stage(cfg), 2 if cfg.bf16 or cfg.fp16 else 4
-    found = _counts(json.dumps(config), only_model(cfg))
+    moments, found = moment_bytes(cfg.optim, stage > 0), _counts(json.dumps(config), only_model(cfg))
     n = {k: found[k] for k in ('trained', 'frozen', 'packed')}
-    needs = memory(**n, stage=stage, gpus=ranks, width=width, offload=offloaded(cfg), moments=moment_bytes(cfg.optim))
+    needs = memory(**n, stage=stage, gpus=ranks, width=width, offload=offloaded(cfg), moments=moments)
     builds = not stage and cfg.gradient_accumulation_steps == 1 and ranks == 1 # gradients arise during the backward pass
     step = paper_step(config, cfg, work, keep=builds)
     arising = dict(gradients=step.gradients/1e9 if builds else needs['gradients'])
@@ -314,7 +324,7 @@ def _host(config:dict, cfg:Config, ranks:int)->float: # GB that each process kee
 def _host_optimizer(cfg:Config, n:dict, width:int, ranks:int)->float: # State, weights and gradients in float32, and what goes to and from the GPU
     place, locked = _place(cfg, 'offload_optimizer')
     if place != 'cpu': return 0.0
-    mine, moments = n['trained']/ranks, moment_bytes(cfg.optim)
+    mine, moments = n['trained']/ranks, moment_bytes(cfg.optim, True)
     if zero_stage(cfg) == 3:
         return (4+moments)*mine/1e9 + _blocks([width*mine] + [4*size for size in _sub_groups(cfg, [g/ranks for g in n['groups']])], locked)
     kept = _blocks([width*size for size in n['moving']], locked)/ranks if cfg.gradient_accumulation_steps > 1 else 0.0
@@ -329,7 +339,7 @@ def _host_weights(cfg:Config, n:dict, width:int, ranks:int)->float: # One by one
 
 def _copies(cfg:Config, stage:int, ranks:int, groups:tuple)->float: # GB while the optimiser's largest group is stepped: gradients in float32 under ZeRO, Adam's intermediate values
     if offloaded(cfg) in ('optimizer', 'all'): return 0.0
-    adam = 0 if moment_bytes(cfg.optim) < 8 or 'fused' in cfg.optim else 4
+    adam = 0 if moment_bytes(cfg.optim) != 8 or 'fused' in cfg.optim else 4
     return adam*max(groups)/1e9 if not stage else (4+adam)*max(_sub_groups(cfg, [g/ranks for g in groups]))/1e9
 
 def _notes(cfg:Config, ranks:int, host:float)->tuple: # What is special about this run

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'BLOCK', 'PLAIN', 'Stored', 'stored_tensors', 'rows', 'Adapter', 'read_adapter', 'merged_rows', 'merge_file',
-           'disk_space', 'merge', 'compare', 'peft_merges', 'check_tensors', 'check_merged', 'named_base',
+           'disk_space', 'merge', 'compare', 'peft_merges', 'check_tensors', 'coarsest', 'check_merged', 'named_base',
            'find_folders']
 
 # %% ../nbs/14_merging.ipynb #5d2a9e8e
@@ -72,7 +72,7 @@ def read_adapter(
     folder:str|Path, # An adapter in PEFT's format
 )->Adapter: # What it changes
     "Read an adapter's headers. Raises `FileNotFoundError` without the files, `ValueError` for settings and tensors that cannot be merged here."
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not folder.is_dir(): raise FileNotFoundError(f'There is no folder {folder}: give a final or checkpoint folder of a LoRA run.')
     for name in ('adapter_config.json', 'adapter_model.safetensors'):
         if not (folder/name).is_file(): raise FileNotFoundError(f'{folder} has no {name}: give a final or checkpoint folder of a LoRA run.')
@@ -223,6 +223,15 @@ def check_tensors(
         moved += change > 0
     return moved
 
+def coarsest(
+    folder:str|Path, # A checkpoint
+    adapter:str|Path, # An adapter
+)->torch.dtype: # What rounds most
+    "The type of the tensors that an adapter changes; a base can hold several, where only a part was trained in full before."
+    changes = read_adapter(adapter)
+    kinds = {t.dtype for file in set(weight_files(folder).values()) for n, t in stored_tensors(file)[1].items() if n in changes.pairs or n in changes.whole}
+    return max(kinds, key=lambda kind: torch.finfo(kind).eps)
+
 def check_merged(
     base:str, # A checkpoint
     adapter:str, # An adapter of it
@@ -231,7 +240,7 @@ def check_merged(
     "Compare base + adapter with the merged checkpoint. Raises `ValueError` when logits or tensors differ by more than rounding."
     from minicpmv_nb.model import load
     from minicpmv_nb.tuning import add_adapter
-    dtype = next(iter(stored_tensors(next(iter(weight_files(merged).values())))[1].values())).dtype
+    dtype = coarsest(merged, adapter)
     tuned = add_adapter(load(base, dtype), adapter)
     want = _logits(tuned)
     with tuned.disable_adapter(): plain = _logits(tuned)

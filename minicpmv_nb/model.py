@@ -369,9 +369,9 @@ def copy_rest(
     base:str|Path, # A checkpoint folder
     out:str|Path, # An existing folder
 )->None:
-    "Copy everything but weights, what training leaves beside them, and `out` itself when it lies inside."
+    "Copy everything but weights, what training leaves beside them, whole runs, and `out` itself when it lies inside."
     patterns, inside = shutil.ignore_patterns(*WEIGHTS, *LEFT_BY_TRAINING), {Path(out).resolve(), *Path(out).resolve().parents}
-    def skip(folder, names): return patterns(folder, names) | {n for n in names if (Path(folder)/n).resolve() in inside}
+    def skip(folder, names): return patterns(folder, names) | {n for n in names if (Path(folder)/n).resolve() in inside or (Path(folder)/n/'status.json').is_file()}
     shutil.copytree(base, out, ignore=skip, dirs_exist_ok=True)
 
 def set_max_slices(
@@ -472,7 +472,7 @@ def adapter_notes(
     folder:str|Path, # An adapter
 )->dict: # `max_slice_nums`, `base`; empty for an adapter of other programs
     "What training wrote beside an adapter."
-    file = Path(folder)/NOTES
+    file = Path(folder).expanduser()/NOTES
     return json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
 
 # %% ../nbs/06_model.ipynb #a758af58

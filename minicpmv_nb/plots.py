@@ -208,7 +208,7 @@ def _grid(fig:Figure, n:int)->list: # Axes: one, two above each other, or two co
     return ([fig.add_subplot(grid[0, :])] if wide else []) + [fig.add_subplot(grid[wide + i//2, i % 2]) for i in range(n-wide)]
 
 def _finish(ax, key:str, view:_View)->None: # Scale, labels, legend
-    if view.log and key in LOGARITHMIC: ax.set_yscale('log')
+    if view.log and key in LOGARITHMIC and np.isfinite(ax.dataLim.minposy): ax.set_yscale('log') # there is something above zero
     else:
         ax.set_ylim(0, max(ax.get_ylim()[1], 1.1*ax.dataLim.y1) if ax.dataLim.y1 > 0 else 1)
         if key == 'learning_rate': ax.ticklabel_format(axis='y', style='sci', scilimits=(0, 0)); ax.yaxis.get_offset_text().set_size(8)

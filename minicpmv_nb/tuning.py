@@ -206,8 +206,9 @@ def add_adapter(
 )->nn.Module: # PEFT's wrapper, in evaluation mode
     "Put an adapter on a model. Raises `FileNotFoundError` when the folder holds none, or only a pickle, and `ValueError` when its tensors are not those of this model's adapter."
     from peft import PeftConfig, PeftModel
+    folder = Path(folder).expanduser()
     for name in ('adapter_config.json', 'adapter_model.safetensors'):
-        if not (Path(folder)/name).is_file(): raise FileNotFoundError(f'{folder} has no {name}, so it holds no adapter that can be read. Give a checkpoint or final folder of a LoRA run.')
+        if not (folder/name).is_file(): raise FileNotFoundError(f'{folder} has no {name}, so it holds no adapter that can be read. Give a checkpoint or final folder of a LoRA run.')
     how = PeftConfig.from_pretrained(folder)
     how.inference_mode = not trainable
     tuned = PeftModel(model, how) # what PeftModel.from_pretrained does, with a look at the names between its two halves

@@ -63,6 +63,13 @@ def test_problems_are_filtered_by_kind_and_id(tmp_path):
     panel.search.value = 'nobody'
     assert panel.order == [] and panel.view.value == '' and panel.place.value == 'There is none.'
 
+def test_very_thin_pictures_are_shown(tmp_path):
+    for n, size in enumerate([(20000, 10), (1, 700)]): Image.new('RGB', size).save(tmp_path/f'{n}.png')
+    panel = checked_panel(write_data(tmp_path, [entry(str(n), f'{n}.png') for n in range(2)]))
+    assert panel.values()['good'] == 2 and '20000 x 10 pixels' in panel.view.value
+    panel.next.click()
+    assert '1 x 700 pixels' in panel.view.value
+
 def test_nothing_from_a_file_becomes_markup(tmp_path, tiny):
     path = write_data(tmp_path, [entry(BAD, 'dot.png', talk(BAD, f'<image>\n{BAD}')), entry('x', 'dot.png', [dict(role=BAD, content=BAD)]), entry('x' + BAD, BAD)])
     panel = checked_panel(path, tiny)

@@ -57,6 +57,16 @@ def test_rounded_once_to_the_type_of_the_base(tiny, tmp_path, dtype):
     exact = add_adapter(load(base), adapter).merge_and_unload().state_dict() # in float32
     assert all(t.dtype == dtype and torch.equal(t, exact[n].to(dtype)) for n, t in merged.items())
 
+@pytest.mark.parametrize('vision', [False, True])
+def test_a_base_of_several_types(tiny, tmp_path, monkeypatch, vision):
+    # As a run leaves it that trained the resampler alone in full, in float32 beside bf16; or with its norms in float32.
+    alone = (lambda n, t: n.startswith('resampler.')) if vision else (lambda n, t: t.dim() == 1)
+    base = save({n: t if alone(n, t) else t.bfloat16() for n, t in load(tiny).state_dict().items()}, tiny, tmp_path/'base')
+    adapter_of(tiny, tmp_path/'adapter', tune_vision=vision, tune_resampler=vision)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    merged = load_file(merge(base, '~/adapter', tmp_path/'merged')/'model.safetensors')
+    assert {n: t.dtype for n, t in merged.items()} == {n: t.dtype for n, t in load_file(base/'model.safetensors').items()}
+
 def test_code_that_the_base_lacks_is_named(golden, tmp_path):
     said = []
     merge(golden, adapter_of(golden, tmp_path/'adapter'), tmp_path/'merged', check=False, tell=said.append)

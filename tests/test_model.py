@@ -48,6 +48,13 @@ def test_what_lies_beside_is_left_alone(tmp_path):
     copy_rest(base, tmp_path.with_name('copy'))
     assert not list(tmp_path.with_name('copy').rglob('a'))
 
+def test_runs_inside_a_base_are_left_alone(tiny, tmp_path):
+    base = Path(shutil.copytree(tiny, tmp_path/'base')); run = base/'runs'/'one'
+    (run/'final').mkdir(parents=True); (base/'assets').mkdir()
+    for file in (run/'status.json', run/'log.txt', run/'final'/'adapter_config.json', base/'assets'/'logo.txt'): file.write_text('{}')
+    copy_rest(base, tmp_path/'copy')
+    assert not list(tmp_path.glob('copy/**/log.txt')) and not list(tmp_path.glob('copy/**/adapter_config.json')) and (tmp_path/'copy'/'assets'/'logo.txt').is_file()
+
 def test_after_an_error_nothing_is_left(tmp_path):
     with pytest.raises(KeyboardInterrupt), complete(tmp_path/'out'): raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())

@@ -50,8 +50,9 @@ def test_what_has_no_place_is_marked():
 
 @pytest.mark.parametrize('metrics', [[dict(step=1, loss=.5)], [dict(step=7, eval_loss=.5)], [dict(step=1, loss=0.0)], [dict(step=1, loss=math.nan)]])
 @pytest.mark.parametrize('log', [False, True])
-def test_small_and_odd_runs_are_drawn(metrics, log, recwarn):
-    assert plot_metrics(metrics, log=log)._repr_png_().startswith(b'\x89PNG')
+@pytest.mark.parametrize('resumed', [[], [1]])
+def test_small_and_odd_runs_are_drawn(metrics, log, resumed, recwarn):
+    assert draw([Record('r', metrics, resumed=resumed)], log=log)._repr_png_().startswith(b'\x89PNG')
     assert not recwarn.list
 
 def test_a_single_point_can_be_seen():

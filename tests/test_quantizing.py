@@ -1,6 +1,7 @@
 "Four-bit weights: the bytes of bitsandbytes, the layout of the official int4 folders, training under every ZeRO stage."
 import json, shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +103,12 @@ def test_types_and_bytes(tmp_path):
     (dict(quantize_vision=True, tune_vision=True), 'quantize_vision and tune_vision exclude each other'), (dict(q_lora=False, quantize_vision=True), 'quantize_vision belongs to QLoRA')])
 def test_settings_that_exclude_each_other(change, said):
     with pytest.raises(ValueError, match=said): qlora('model', 'train.json', **change)
+
+def test_one_file_with_an_index(bases, tmp_path):
+    base = Path(shutil.copytree(bases['2.6'], tmp_path/'base')); name = 'model-00001-of-00001.safetensors'
+    (base/'model.safetensors').rename(base/name)
+    (base/'model.safetensors.index.json').write_text(json.dumps(dict(weight_map=dict.fromkeys(load_file(base/name), name))))
+    assert quantize(base, tmp_path/'int4') and load_quantized(tmp_path/'int4')
 
 def test_what_a_quantised_folder_rules_out(bases, int4, mixed, tmp_path):
     for cfg in (full(str(int4), str(mixed), **CPU), lora(str(int4), str(mixed), **CPU)):
