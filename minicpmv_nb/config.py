@@ -99,7 +99,7 @@ class Config:
     resume_from_checkpoint: str|None = None # A checkpoint folder, or `auto`: the newest one of the run folder
     # machines
     offload: str = 'none' # Keep the optimiser (`optimizer`), or the weights too (`all`, ZeRO-3 only), in the machine's memory: less GPU memory, much slower
-    hang_timeout: int = 1800 # Seconds without a step after which a run is taken for hung, and stopped
+    hang_timeout: int = 1800 # Seconds without a step, from the first on, after which a run is taken for hung, and stopped
     deepspeed: str|None = None # DeepSpeed JSON; a missing `ds_config_zero2.json` or `ds_config_zero3.json` means ours; None: plain data parallel
     gpus: int|None = None # Processes on this machine, the guide's GPUS_PER_NODE; None: all its GPUs, or one CPU process
     use_cpu: bool = False # Train on the CPU with `gpus` processes

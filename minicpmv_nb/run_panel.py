@@ -15,7 +15,8 @@ from pathlib import Path
 import ipywidgets as W
 
 from .config import clock
-from .jobs import LIVE, Run, alive, find_runs
+from .jobs import Run, find_runs
+from .surviving import LIVE, alive
 from .panels import TONES, Panel
 from .plots import CURVES, DASHBOARD, draw, read_record
 

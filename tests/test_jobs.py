@@ -8,11 +8,11 @@ import pytest
 
 from minicpmv_nb import jobs
 from minicpmv_nb.batches import load_data
-from minicpmv_nb.config import lora, save_config
+from minicpmv_nb.config import lora, save_config, write_status
 from minicpmv_nb.jobs import Run, RunFailed, launch
 from minicpmv_nb.prompts import Processor
 from minicpmv_nb.surviving import newest_checkpoint
-from minicpmv_nb.training import known_report
+from minicpmv_nb.training import known_report, train
 from support import draw_data, free_port
 
 
@@ -165,7 +165,34 @@ def test_a_later_failure_is_not_blamed_on_an_earlier_one(cfg, data_copy):
 
 def test_waiting_for_a_stopped_run_says_so(cfg):
     run = launch(cfg).stop()
-    with pytest.raises(RunFailed, match='was stopped at step 0'): run.wait()
+    with pytest.raises(RunFailed, match='was stopped at step 0. It has no checkpoint yet.'): run.wait()
+
+@pytest.fixture
+def running(cfg, tmp_path):
+    "A run folder, and a process that stands for one that is at work there."
+    process = subprocess.Popen(['sleep', '100'])
+    run = launch(replace(cfg, output_dir=str(tmp_path/'at work')), start=False)
+    (run.folder/'checkpoint-5').mkdir(); (run.folder/'checkpoint-5'/'trainer_state.json').write_text('{}')
+    def say(state): write_status(run.folder, state, pid=process.pid, created=psutil.Process(process.pid).create_time(), host=socket.gethostname(), step=5, steps=9); return run
+    yield say, process
+    process.kill(); process.wait()
+
+def test_a_run_that_still_saves_is_not_resumed(running):
+    say, process = running
+    run = say('stopped')
+    with pytest.raises(ValueError, match=f'was told to stop, and process {process.pid} still saves'): run.resume()
+    with pytest.raises(TimeoutError): run.wait(timeout=1)
+    process.kill(); process.wait()
+    with pytest.raises(RunFailed, match='was stopped at step 5. resume'): run.wait(timeout=5)
+
+def test_a_second_copy_is_refused(running):
+    say, process = running
+    run = say('running')
+    before = (run.folder/'status.json').read_text()
+    second = subprocess.run(['bash', str(run.file('run.sh'))], capture_output=True, text=True, timeout=120)
+    assert second.returncode and f'holds a run that is going on, as process {process.pid}' in second.stdout + second.stderr
+    assert (run.folder/'status.json').read_text() == before and (run.folder/'checkpoint-5').is_dir()
+    with pytest.raises(FileExistsError, match='holds a run that is going on'): train(run.config)
 
 def test_a_port_that_was_taken_meanwhile_is_said(cfg):
     run = launch(cfg, start=False, master_port=free_port())
@@ -176,9 +203,9 @@ def test_a_port_that_was_taken_meanwhile_is_said(cfg):
 
 def test_the_log_of_a_stopped_run_ends_with_what_was_saved(cfg):
     run = launch(cfg, start=False)
-    ended = 'step 7/9\nstopped by SIGTERM after step 7; resuming goes on from there\nTraceback (most recent call last):\n  File "x"\ntorch.distributed.elastic.multiprocessing.api.SignalException: Process 5 got signal: 15\n'
+    ended = 'step 7/9\nstopped by a signal after step 7; resuming goes on from there\nTraceback (most recent call last):\n  File "x"\ntorch.distributed.elastic.multiprocessing.api.SignalException: Process 5 got signal: 15\n'
     run.file('log.txt').write_text(ended)
-    assert run.log(1) == 'stopped by SIGTERM after step 7; resuming goes on from there'
+    assert run.log(1) == 'stopped by a signal after step 7; resuming goes on from there'
     run.file('log.txt').write_text(ended + 'resuming from checkpoint-7\n')
     assert run.log(1) == 'resuming from checkpoint-7' and 'SignalException' in run.log(2)
 

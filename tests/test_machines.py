@@ -44,6 +44,18 @@ def test_two_machines_learn_what_one_does(cfg, one, place, tmp_path):
     assert (tmp_path/'1'/'exit-1').read_text() == '0\n'
     with pytest.raises(ValueError, match='numbers are written by machine 0'): runs[1].plot()
 
+@pytest.mark.parametrize('also, said', [(dict(learning_rate=1e-1), "Machine 1 was told otherwise than machine 0: learning_rate '0.1' instead of '0.001'. Give all machines"), pytest.param(dict(max_steps=5, seed=7), "max_steps '5' instead of '3'; seed '7' instead of '42'", marks=pytest.mark.slow),
+    pytest.param(dict(data_path='other'), 'data_path ', marks=pytest.mark.slow), (dict(resume_from_checkpoint='other'), "checkpoint 'checkpoint-2' instead of 'None'")])
+def test_machines_that_were_told_otherwise(cfg, one, place, tmp_path, drawn, also, said):
+    if 'data_path' in also:
+        also = dict(data_path=str(drawn.with_name('fewer.json')))
+        Path(also['data_path']).write_text(json.dumps(json.loads(drawn.read_text())[:-1]))
+    if 'resume_from_checkpoint' in also: also = dict(resume_from_checkpoint=str(one.folder/'checkpoint-2'))
+    runs = [launch(replace(cfg, **(also if i else {})), node_rank=i, output_dir=str(tmp_path/str(i)), **place) for i in (0, 1)]
+    for run in runs:
+        with pytest.raises(RunFailed): run.wait(timeout=180)
+    assert said in runs[0].status()['error'] and not numbers(runs[0]) and not newest_checkpoint(runs[0].folder)
+
 def test_machines_share_a_folder(cfg, one, place, tmp_path):
     shared = str(tmp_path/'shared')
     second = launch(cfg, node_rank=1, output_dir=shared, **place) # the order is nobody's business

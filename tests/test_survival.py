@@ -137,21 +137,21 @@ def test_killed_under_deepspeed(argv, tmp_path, stage):
 
 # --- SIGTERM ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('to', ['torchrun', 'one rank', pytest.param('everybody', marks=pytest.mark.slow)])
-def test_sigterm_saves_and_leaves(argv, whole, tmp_path, to):
+@pytest.mark.parametrize('to', ['torchrun', 'one rank', pytest.param('everybody', marks=pytest.mark.slow), 'SIGINT', pytest.param('SIGHUP', marks=pytest.mark.slow)])
+def test_told_to_stop_it_saves_and_leaves(argv, whole, tmp_path, to):
     folder = tmp_path/'run'
     more = dict(save_steps=100, dataloader_num_workers=0 if to == 'one rank' else 2)
     job = Job(argv(folder, **more)).until(at_step(folder, 4))
     ranks = job.ranks()
     everybody = [*psutil.Process(job.process.pid).children(recursive=True), job.process] # data loaders too, as Slurm does it
     assert len(everybody) >= (7 if more['dataloader_num_workers'] else 3)
-    for p in dict(torchrun=[job.process], everybody=everybody).get(to, ranks[1:]): p.send_signal(signal.SIGTERM)
+    for p in dict(everybody=everybody).get(to, ranks[1:] if to == 'one rank' else [job.process]): p.send_signal(getattr(signal, to, signal.SIGTERM)) # torchrun passes on what it got
     assert (job.ended() == 0) == (to == 'one rank'), job.log()[-5000:] # torchrun itself ends with an error when it was told to end
     reached = int(newest_checkpoint(folder).name.split('-')[1])
     said = read_status(folder)
     assert said['state'] == 'stopped' and said['step'] == reached and 4 <= reached < STEPS and not said.get('error')
     assert 'minicpmv_nb/training.py' not in job.log() and not (folder/'final').exists() # no rank has a traceback; torchrun prints its own
-    assert f'stopped by SIGTERM after step {reached}' in job.log()
+    assert f'stopped by a signal after step {reached}' in job.log()
     if to != 'one rank': return # the others differ in how they end only
     Job(argv(folder, save_steps=100, resume_from_checkpoint='auto')).finish()
     assert rows(folder) == whole
@@ -273,6 +273,28 @@ class StopAfter(Stop):
     def on_step_end(self, args, state, control, **kw):
         if state.global_step == self.step: self.asked = 1.
         super().on_step_end(args, state, control, **kw)
+
+class StopWithin(StopAfter):
+    "SIGTERM in the middle of the evaluation after this step."
+    def on_step_end(self, *args, **kw): Stop.on_step_end(self, *args, **kw)
+    def on_prediction_step(self, args, state, control, **kw):
+        if state.global_step == self.step: self.asked = 1.
+        super().on_prediction_step(args, state, control, **kw)
+
+@pytest.mark.parametrize('how', ['steps', 'epoch'])
+@pytest.mark.parametrize('kind', [StopAfter, StopWithin])
+def test_an_evaluation_does_not_keep_a_run_from_stopping(judged, tmp_path, monkeypatch, how, kind):
+    cfg = replace(judged, evaluation_strategy=how, eval_steps=6, save_steps=6, max_steps=18, per_device_train_batch_size=4, lora_dropout=.05, save_total_limit=None, logging_steps=4)
+    def part(name, losses, stop=None):
+        with monkeypatch.context() as m:
+            m.setattr(training.FineTuner, 'evaluation_loop', again(losses))
+            return train(replace(cfg, output_dir=str(tmp_path/name), resume_from_checkpoint='auto'), stop=stop)
+    part('whole', [2., 3., 1.])
+    assert part('run', [2.], kind(tmp_path/'run', 12)) is None and read_status(tmp_path/'run')['state'] == 'stopped' and newest_checkpoint(tmp_path/'run').name == 'checkpoint-12'
+    assert [m['step'] for m in read_metrics(tmp_path/'run') if 'eval_loss' in m] == [6]
+    part('run', [3., 1.])
+    for seen in (rows, lambda run: [(m['step'], m['eval_loss']) for m in read_metrics(run) if 'eval_loss' in m], lambda run: read_status(run)['best_step'], names): assert seen(tmp_path/'run') == seen(tmp_path/'whole')
+    assert same(weights(tmp_path/'run/final'), weights(tmp_path/'whole/final'))
 
 def test_an_evaluation_that_was_missed_is_made_up_for(judged, tmp_path, monkeypatch):
     # The checkpoint of an epoch's last step is written before its evaluation, by the second of which the run is killed; then stopped in front of the third, killed in the fourth.
