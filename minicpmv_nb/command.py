@@ -205,6 +205,7 @@ NO_DATA = 'no data file' # Stands for the data of an estimate that has none
 def _given(argv:list[str])->set[str]: return {w[2:].partition('=')[0] for w in argv if w.startswith('--')} # Names of flags
 
 def _stored(path:str)->Config: # Of a run, to be repeated in another folder
+    if Path(path).is_dir(): path = f'{Path(path)/"config.json"}'
     try: cfg = load_config(path)
     except (AttributeError, TypeError, ValueError) as e: raise ValueError(f'{path} is no configuration ({e}). Give the config.json of a run folder.') from e
     from minicpmv_nb.planning import again # takes seconds, which only this needs
@@ -233,7 +234,7 @@ def _config_arguments(p)->None:
     start = p.add_mutually_exclusive_group()
     start.add_argument('--method', choices=list(PRESETS), help="start from the values of the guide's script for this method")
     start.add_argument('--script', metavar='FILE', help='start from a script such as finetune_lora.sh, which is read, not run')
-    start.add_argument('--config', metavar='FILE', help='start from the config.json of a run')
+    start.add_argument('--config', metavar='RUN', help='start from a run: its folder, or the config.json in it')
     p.add_argument('--recommended', action='store_true', help="replace the guide's values that are known to hurt, and say why")
 
 def _asked(a, rest, p, **defaults)->Config: # A configuration, or exit code 2
@@ -333,8 +334,8 @@ def run_table(
 
 def _run(name:str): # A path, or a name below runs
     from minicpmv_nb.jobs import Run
-    path = Path(name) if Path(name).exists() else Path('runs')/name
-    if not (path/'config.json').is_file(): raise FileNotFoundError(f'There is no run {name}, neither here nor below runs. "minicpmv_nb watch" lists the runs.')
+    path = next((p for p in (Path(name), Path('runs')/name) if (p/'config.json').is_file()), None)
+    if path is None: raise FileNotFoundError(f'There is no run {name}, neither here nor below runs. "minicpmv_nb watch" lists the runs.')
     return Run.attach(path)
 
 def _list()->None: # All runs

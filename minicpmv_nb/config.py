@@ -13,6 +13,7 @@ __all__ = ['GUIDE_LORA_TARGETS', 'TYPES', 'NAMES', 'CHOICES', 'POSITIVE', 'NOT_N
 
 # %% ../nbs/01_config.ipynb #51096afc
 import difflib, json, math, os, re, shlex, time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from html import escape
@@ -502,8 +503,12 @@ def write_json(
 )->None:
     "Write JSON beside the file and rename it into place, so that a reader never sees half of it."
     aside = Path(f'{path}.{os.getpid()}.part')
-    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding='utf-8', errors='backslashreplace') # half a surrogate pair, which UTF-8 cannot hold, becomes JSON's own escape
-    os.replace(aside, path)
+    try:
+        aside.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding='utf-8', errors='backslashreplace') # half a surrogate pair, which UTF-8 cannot hold, becomes JSON's own escape
+        os.replace(aside, path)
+    except OSError: # a full disk
+        with suppress(OSError): aside.unlink()
+        raise
 
 # %% ../nbs/01_config.ipynb #c3ed877f
 # (field, better value, reason) by method. Sources: answers of the maintainers in the issues of the official repository, the official recipe for 4.6, the defaults of other trainers
@@ -546,10 +551,12 @@ def write_status(
 
 def read_status(
     folder:str|Path, # The run folder
+    name:str='status.json', # Of the file; another machine of the run has its own
 )->dict: # state, step, steps, pid, error, heartbeat; empty where there is none, or a broken one
     "What a run says of itself."
-    try: return json.loads((Path(folder)/'status.json').read_text())
-    except (FileNotFoundError, json.JSONDecodeError): return {}
+    try: found = json.loads((Path(folder)/name).read_text(encoding='utf-8'))
+    except (FileNotFoundError, ValueError): return {} # a ValueError: neither JSON nor text
+    return found if isinstance(found, dict) else {}
 
 def read_metrics(
     folder:str|Path, # The run folder

@@ -8,7 +8,8 @@ __all__ = ['PATIENCE', 'END', 'SILENCE', 'fit_machine', 'check_port', 'fit_netwo
            'fill_in', 'check_files', 'run_folder', 'own_deepspeed', 'launch', 'slurm']
 
 # %% ../nbs/13_jobs.ipynb #94c15c44
-import hashlib, json, os, re, shlex, socket, subprocess, sys, time
+import errno, hashlib, json, os, re, shlex, shutil, socket, subprocess, sys, tempfile, time
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
@@ -86,6 +87,19 @@ def torchrun(
 def _extensions()->Path: # Where DeepSpeed compiles on first use: a folder for each environment and machine, whose paths are in what is compiled
     return Path.home()/'.cache'/'torch_extensions'/f'minicpmv_nb-{socket.gethostname()}-{hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]}'
 
+def _compiled(cfg:Config)->Path: # Where DeepSpeed shall compile; without a home, a run without DeepSpeed names a folder that it does not use
+    if given := os.environ.get('TORCH_EXTENSIONS_DIR'): return Path(given)
+    try: return _extensions()
+    except RuntimeError as e:
+        if cfg.deepspeed: raise ValueError('DeepSpeed compiles in a folder below the home of the user, who has none here. Set TORCH_EXTENSIONS_DIR to a folder that can be written.') from e
+        return Path(cfg.output_dir or 'runs')/'torch_extensions'
+
+def _check_compiled(cfg:Config)->None: # On this machine. Raises `ValueError` where DeepSpeed cannot compile
+    if not cfg.deepspeed: return
+    folder = _compiled(cfg)
+    try: folder.mkdir(parents=True, exist_ok=True); tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e: raise ValueError(f'DeepSpeed compiles in {folder}, which cannot be written ({e.strerror}). Set TORCH_EXTENSIONS_DIR to a folder that can be written.') from e
+
 def clear_locks(
     folder:Path, # Where DeepSpeed compiles
 )->list[Path]: # Those that were removed
@@ -109,7 +123,7 @@ def _environment(cfg:Config)->dict[str,str]: # What the workers need to find
     chosen = {k: os.environ[k] for k in ('GLOO_SOCKET_IFNAME', 'NCCL_SOCKET_IFNAME', 'OMP_NUM_THREADS') if k in os.environ}
     tools = dict(PATH=f'{Path(sys.executable).parent}{os.pathsep}' + os.environ.get('PATH', '')) # DeepSpeed compiles with the ninja of this environment
     patience = dict(TORCH_ELASTIC_SHUTDOWN_TIMEOUT=str(PATIENCE)) # what torchrun gives the ranks to save, before it kills them
-    compiled = dict(TORCH_EXTENSIONS_DIR=os.environ.get('TORCH_EXTENSIONS_DIR', str(_extensions())))
+    compiled = dict(TORCH_EXTENSIONS_DIR=str(_compiled(cfg)))
     return nccl | dict(TOKENIZERS_PARALLELISM='false') | patience | compiled | cpu | gloo | chosen | tools
 
 END = """torchrun=$!
@@ -167,9 +181,9 @@ class Run:
         path:str|Path, # A run folder
         node_rank:int|None=None, # Number of the machine, in a folder that several share; None: the one that `config.json` is of
     )->'Run':
-        "Look at a run started elsewhere. Raises `FileNotFoundError` when there is none."
+        "Look at a run started elsewhere. Raises `FileNotFoundError` when there is none, `ValueError` when its `config.json` is broken."
         if not (Path(path)/'config.json').is_file(): raise FileNotFoundError(f'{path} is no run folder: it has no config.json.')
-        run = cls(Path(path).absolute(), json.loads((Path(path)/'config.json').read_text()).get('node_rank', 0) if node_rank is None else node_rank)
+        run = cls(Path(path).absolute(), _facts(Path(path)/'config.json').get('node_rank', 0) if node_rank is None else node_rank)
         if not run.file('config.json').is_file(): raise FileNotFoundError(f'{path} has no {run.file("config.json").name}: machine {run.node_rank} takes no part in this run.')
         return run
 
@@ -209,9 +223,13 @@ class Run:
         s = self.status()
         return f"<b>{escape(self.folder.name)}</b>: {s['state']}" + (f", step {s['step']} of {s['steps']}" if 'steps' in s else '')
 
-def _stored(run:Run)->dict: # This machine's status file
-    try: return json.loads(run.file('status.json').read_text())
-    except (FileNotFoundError, json.JSONDecodeError): return {}
+def _facts(file:Path)->dict: # All of a config.json. Raises `ValueError` when it is broken
+    try: found = json.loads(file.read_text(encoding='utf-8'))
+    except ValueError as e: raise ValueError(f'{file} is broken ({e}). Bring it back, or remove this folder.') from e
+    if not isinstance(found, dict): raise ValueError(f'{file} is broken: it holds no settings. Bring it back, or remove this folder.')
+    return found
+
+def _stored(run:Run)->dict: return read_status(run.folder, run.file('status.json').name) # This machine's status file
 
 def _note(run:Run, state:str, **also)->None: # Replace it, keeping what is known already
     write_json(run.file('status.json'), _stored(run) | dict(state=state, heartbeat=round(time.time(), 1)) | also)
@@ -235,7 +253,7 @@ def _exit_code(run:Run)->str|None: # Of torchrun on this machine; None: it has n
 
 def _ended(run:Run, known:dict)->str: # How; when another machine was stopped, the exit code is 0 as well
     if _exit_code(run) != '0': return 'failed'
-    shared = json.loads((run.folder/'config.json').read_text()).get('node_rank', 0) != run.node_rank # the folder with the machine that writes `final`
+    shared = _facts(run.folder/'config.json').get('node_rank', 0) != run.node_rank # the folder with the machine that writes `final`
     return 'stopped' if 'stopped by a signal' in _log_since(run, known) or shared and not run.final.is_dir() else 'done'
 
 SILENCE = 600 # Seconds after which a run whose processes cannot be seen from here is given up; ranks write every ten seconds, but not while they load
@@ -252,9 +270,14 @@ def _elsewhere(known:dict)->str|None: # The machine the run was started on, when
 def find_runs(
     folder:str|Path='runs', # Where run folders lie
 )->list[Run]: # The one that moved last comes first
-    "The runs directly below a folder, whoever started them."
+    "The runs directly below a folder, whoever started them. A folder whose `config.json` is broken is left out."
     found = [p for p in Path(folder).glob('*/status*.json') if (p.parent/'config.json').is_file()]
-    return [Run.attach(p) for p in dict.fromkeys(p.parent for p in sorted(found, key=lambda p: p.stat().st_mtime, reverse=True))]
+    newest = dict.fromkeys(p.parent for p in sorted(found, key=lambda p: p.stat().st_mtime, reverse=True))
+    return [run for p in newest if (run := _attached(p))]
+
+def _attached(path:Path)->Run|None: # None: it cannot be read
+    try: return Run.attach(path)
+    except (OSError, ValueError): return None
 
 # %% ../nbs/13_jobs.ipynb #a7da4517
 def _ends(run:Run, known:dict)->bool: # Whether it was told to stop, and its processes are still saving
@@ -290,8 +313,12 @@ def cause(self,
     since = _log_since(self, self.status())
     error = self.status().get('error')
     hung = error if error and 'has not finished step' in error else None # such a rank is killed in the end
-    said = hung or _killed(since) or _port(since, self) or _alone(since, self) or error or ('A process ended without a word.' if self.log() else 'Nothing was printed.')
+    said = hung or _killed(since) or _port(since, self) or _alone(since, self) or error or ('A process ended without a word.' if self.log() else 'Nothing was printed.') + _full(self)
     return f'{said}\nLast lines of {self.file("log.txt")}:\n{self.log(15)}'
+
+def _full(run:Run)->str: # What may have kept a process from writing down its words
+    free = shutil.disk_usage(run.folder).free
+    return f' The disk may have been full: {free/1e6:,.1f} MB are free where {run.folder} is. Make room first.' if free < 16e6 else ''
 
 def _killed(log:str)->str|None: # The rank that was ended from outside, by torchrun's account; the errors of the others are consequences
     ended = re.findall(r'rank +: (\d+) \(local_rank: \d+\)\n.*\n.*\n *traceback : Signal \d+ \((SIG\w+)\) received by PID (\d+)', log)
@@ -313,7 +340,7 @@ def _alone(log:str, run:Run)->str|None: # Machines that did not come
     return f'Machine 0 did not answer at {place} within {seconds} seconds. Launch the run there as well; then check master_addr, master_port and the firewall.' if waited else None
 
 def _join_timeout(run:Run)->int: # As `launch` was told
-    return json.loads(run.file('config.json').read_text(encoding='utf-8')).get('join_timeout', 600)
+    return _facts(run.file('config.json')).get('join_timeout', 600)
 
 def _family(pid:int)->list: # A process and all below it; none of one that has just ended
     import psutil
@@ -437,18 +464,45 @@ def _reserve(run:Run)->None: # Of two launches into one folder, one fails here
     try: open(run.file('run.sh'), 'x').close()
     except FileExistsError as e: raise FileExistsError(f'{run.folder} was taken by another launch just now. Use another name or output_dir.') from e
 
-def _write_folder(run:Run, cfg:Config, reports:dict, known:dict)->None: # All that is known before the start
-    _reserve(run)
+@contextmanager
+def _in_words(folder:Path): # The failures of a disk
+    try: yield
+    except OSError as e:
+        if e.errno is None: raise # it is in words
+        there = next(p for p in (folder, *folder.parents) if p.is_dir())
+        raise OSError(f'The run folder {folder} could not be written; {shutil.disk_usage(there).free/1e6:,.0f} MB are free there: {e}. Make room, make it writable, or use another output_dir.') from e
+
+def _remove(paths:list[Path])->None: # As far as possible; a folder only when it is empty
+    for p in paths:
+        with suppress(OSError): p.rmdir() if p.is_dir() else p.unlink()
+
+def _write_folder(run:Run, cfg:Config, reports:dict, known:dict)->None: # All that is known before the start; of a launch that fails here nothing stays
+    files = [p for p in map(run.file, ('run.sh', 'config.json', 'deepspeed.json', 'data_report.json', 'status.json')) if not p.exists()]
+    folders = [p for p in (run.folder, *run.folder.parents) if not p.exists()]
+    with _in_words(run.folder), ExitStack() as undo:
+        undo.callback(_remove, folders)
+        _reserve(run)
+        undo.callback(_remove, files)
+        _write_files(run, cfg, reports, known)
+        undo.pop_all()
+
+def _write_files(run:Run, cfg:Config, reports:dict, known:dict)->None: # Into a folder that is reserved
     if cfg.deepspeed: write_json(run.file('deepspeed.json'), deepspeed_json(cfg))
     cfg = own_deepspeed(cfg, run)
-    save_config(cfg, run.file('config.json'), **known)
-    if run.node_rank: # a folder is known by its config.json; machine 0 replaces it if the folder is shared
-        try:
-            with open(run.folder/'config.json', 'x', encoding='utf-8') as f: f.write(run.file('config.json').read_text(encoding='utf-8'))
-        except FileExistsError: pass # machine 0 was here first
     write_json(run.file('data_report.json'), reports)
     write_script(cfg, run.file('run.sh'), known['join_timeout'])
     _note(run, 'prepared')
+    save_config(cfg, run.file('config.json'), **known) # by which a folder is known: last
+    if run.node_rank: _share_config(run)
+
+def _share_config(run:Run)->None: # A folder is known by its config.json, which is whole from the first moment; machine 0 replaces it if the folder is shared
+    aside, shared = run.folder/f'config.json.{run.node_rank}.part', run.folder/'config.json'
+    try: os.link(shutil.copyfile(run.file('config.json'), aside), shared)
+    except FileExistsError: pass # machine 0 was here first
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT): raise
+        with suppress(FileExistsError), open(shared, 'x', encoding='utf-8') as f: f.write(aside.read_text(encoding='utf-8')) # a file system without links
+    finally: aside.unlink(missing_ok=True)
 
 def launch(
     cfg:Config, # What to do
@@ -458,12 +512,12 @@ def launch(
     join_timeout:int=600, # Seconds to wait for the other machines, where there are any
     **changes, # Fields of `cfg` to replace: `nnodes`, `node_rank`, `master_addr`, or any other
 )->Run: # Started, not finished
-    "Check everything, write a run folder, start torchrun detached, and return. Raises before starting what `check`, `check_files`, `check_name`, `check_tuning`, `load`, `fit_machine`, `fit_network` and `check_port` raise."
+    "Check everything, write a run folder, start torchrun detached, and return. Raises before starting what `check`, `check_files`, `check_name`, `check_tuning`, `load`, `fit_machine`, `fit_network` and `check_port` raise, `ValueError` where DeepSpeed cannot compile, and `OSError` where the folder cannot be written."
     cfg = make_config(vars(cfg) | changes | dict(gpus=cfg.gpus if gpus is None else gpus))
     run = Run(run_folder(cfg, name), cfg.node_rank)
     check_files(cfg)
     for field in NAMED: check_name(cfg, field)
-    if start: check_port(fit_network(fit_machine(cfg, _gpus(cfg))))
+    if start: check_port(fit_network(fit_machine(cfg, _gpus(cfg)))); _check_compiled(cfg)
     model, commit = resolve(cfg.model_name_or_path, cfg.revision)
     check_llm_type(find_family(read_config(model), f'{model}/config.json'), cfg.llm_type)
     refuse_four_bit(cfg, model)
@@ -493,6 +547,14 @@ def _option(name:str, value)->str: # A line of job.sbatch
     if any(ord(c) < 32 for c in str(value)): raise ValueError(f'{name} is {value!r}: a line of a job file cannot hold that.')
     return f'#SBATCH --{name.replace("_", "-")}={shlex.quote(str(value))}'
 
+def _check_options(time:str, partition:str|None, account:str|None, cpus_per_task:int|None, extra:list[str])->None: # What sbatch would refuse
+    if not re.fullmatch(r'(\d+-)?\d+(:\d+){0,2}', time): raise ValueError(f'time is {time!r}: write it as 90, 12:00:00 or 2-00.')
+    for name, value in dict(partition=partition, account=account).items():
+        if value is not None and not value.strip(): raise ValueError(f'{name} is {value!r}: give its name, or leave it out for the default of the cluster.')
+    if cpus_per_task is not None and not re.fullmatch(r'[1-9]\d*', str(cpus_per_task)): raise ValueError(f'cpus_per_task is {cpus_per_task!r}: give the number of cores, 1 or more, or leave it out.')
+    for word in extra:
+        if not re.fullmatch(r'--?[A-Za-z][^\x00-\x1f]*', word): raise ValueError(f'extra has {word!r}: options of sbatch look like --qos=high.')
+
 def slurm(self,
     time:str='24:00:00', # Limit, as Slurm writes it: minutes, hours:minutes:seconds, or days-hours
     partition:str|None=None, # Queue; None: the cluster's default
@@ -504,9 +566,7 @@ def slurm(self,
     cfg, state = replace(self.config, resume_from_checkpoint='auto'), self.status()['state']
     if state in (*LIVE, 'done'): raise ValueError(f'{self.folder.name} is {state}: prepare a new run with launch(..., start=False).')
     if self.node_rank: raise ValueError('One job starts all machines: prepare it with node_rank=0.')
-    if not re.fullmatch(r'(\d+-)?\d+(:\d+){0,2}', time): raise ValueError(f'time is {time!r}: write it as 90, 12:00:00 or 2-00.')
-    for word in extra:
-        if not re.fullmatch(r'--?[A-Za-z][^\x00-\x1f]*', word): raise ValueError(f'extra has {word!r}: options of sbatch look like --qos=high.')
+    _check_options(time, partition, account, cpus_per_task, extra)
     options = dict(job_name=self.folder.name, nodes=cfg.nnodes, ntasks_per_node=1, gres=None if cfg.use_cpu else f'gpu:{cfg.gpus}',
         cpus_per_task=cpus_per_task or cfg.gpus*(1+cfg.dataloader_num_workers), time=time, partition=partition, account=account,
         output=str(self.file('log.txt')).replace('%', '%%'), open_mode='append', signal='TERM@120')

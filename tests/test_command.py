@@ -187,7 +187,7 @@ def test_what_a_run_has_switched_off_stays_off(tmp_path): assert asked(config=st
 
 def test_from_a_run(tmp_path):
     save_config(lora('x', 'y', output_dir='runs/first', lora_r=7), tmp_path/'config.json', versions={})
-    assert asked(config=str(tmp_path/'config.json')) == lora('m', 'd', lora_r=7)
+    assert asked(config=str(tmp_path/'config.json')) == asked(config=str(tmp_path)) == lora('m', 'd', lora_r=7)
     for text in ('{', '[]', '{"a": 1}'):
         (tmp_path/'config.json').write_text(text)
         with pytest.raises(ValueError, match='is no configuration'): asked(config=str(tmp_path/'config.json'))
@@ -223,6 +223,14 @@ def test_a_prepared_run_is_started(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == 'runs/mine is prepared, not started. To start it: minicpmv_nb watch runs/mine --start\n'
     monkeypatch.setattr(Run, 'start', lambda self: write_json(self.folder/'status.json', dict(state='done', step=40, steps=40, heartbeat=time.time())))
     assert main(['watch', 'runs/mine', '--start']) == 0 and capsys.readouterr().out.splitlines()[-1] == 'done: runs/mine/final'
+
+@pytest.mark.parametrize('make', [Path.mkdir, Path.touch])
+def test_a_run_comes_before_another_thing_of_its_name(tmp_path, monkeypatch, capsys, make):
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path/'mine')
+    assert main(['watch', 'mine']) == 1 and 'There is no run mine, neither here nor below runs.' in capsys.readouterr().err
+    made_up(tmp_path/'runs'/'mine', 'done')
+    assert main(['watch', 'mine']) == 0 and capsys.readouterr().out.splitlines()[-1] == 'done: runs/mine/final'
 
 def test_nothing_is_known_yet(tmp_path):
     r = made_up(tmp_path/'r', 'stopped', step=0)

@@ -1,5 +1,5 @@
 "Runs as processes of their own: they outlive their launcher, fail loudly, stop and go on."
-import json, os, re, signal, socket, subprocess, sys, time
+import errno, json, os, pwd, re, shutil, signal, socket, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,8 +8,8 @@ import pytest
 
 from minicpmv_nb import jobs
 from minicpmv_nb.batches import load_data
-from minicpmv_nb.config import lora, save_config, write_status
-from minicpmv_nb.jobs import Run, RunFailed, launch
+from minicpmv_nb.config import lora, read_status, save_config, write_json, write_status
+from minicpmv_nb.jobs import Run, RunFailed, find_runs, launch
 from minicpmv_nb.prompts import Processor
 from minicpmv_nb.surviving import newest_checkpoint
 from minicpmv_nb.training import known_report, train
@@ -120,6 +120,69 @@ def test_a_run_folder_is_never_reused(cfg):
     folder = Path(cfg.output_dir); folder.mkdir(); (folder/'config.json').write_text('{}')
     with pytest.raises(FileExistsError, match='holds a run already'): launch(cfg)
 
+def full(*_, **__): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) # A disk
+
+@pytest.mark.parametrize('step', ['write_json', 'save_config', 'write_script', '_note', '_share_config'])
+def test_a_launch_that_cannot_write_leaves_nothing(cfg, tmp_path, monkeypatch, step):
+    cfg = replace(cfg, output_dir=str(tmp_path/'deep'/'run'), nnodes=2, node_rank=1, master_addr='127.0.0.1')
+    with monkeypatch.context() as m:
+        m.setattr(jobs, step, full)
+        with pytest.raises(OSError, match=r'deep/run could not be written; [\d,]+ MB are free there: .*No space left on device.*Make room'): launch(cfg, start=False)
+        assert not (tmp_path/'deep').exists()
+        m.setattr(jobs, step, lambda *_, **__: 1/0)
+        with pytest.raises(ZeroDivisionError): launch(cfg, start=False) # any other fault
+        assert not (tmp_path/'deep').exists()
+    assert launch(cfg, start=False).status()['state'] == 'prepared'
+
+def test_a_failed_launch_removes_only_what_it_wrote(cfg, monkeypatch):
+    cfg = replace(cfg, nnodes=2, master_addr='127.0.0.1')
+    first = launch(replace(cfg, node_rank=1), start=False)
+    before = {p.name: p.read_bytes() for p in first.folder.iterdir()}
+    assert json.loads(before['config.json'])['node_rank'] == 1 and not any('part' in name for name in before)
+    for step in ('write_script', '_note', 'save_config'):
+        monkeypatch.setattr(jobs, step, full)
+        with pytest.raises(OSError, match='could not be written'): launch(replace(cfg, node_rank=0), start=False)
+        assert {p.name: p.read_bytes() for p in first.folder.iterdir()} == before # of machine 1
+        monkeypatch.undo()
+    zero = launch(replace(cfg, node_rank=0), start=False)
+    assert Run.attach(zero.folder).node_rank == 0 and first.config.node_rank == 1
+    zero.file('run.sh').unlink()
+    Path(cfg.output_dir, 'run.sh').touch() # a launch that was quicker keeps its own
+    with pytest.raises(FileExistsError, match='was taken by another launch'): jobs._write_folder(Run(first.folder), cfg, {}, dict(join_timeout=1))
+    assert (first.folder/'run.sh').exists()
+
+def test_a_shared_config_is_linked_or_copied(cfg, tmp_path, monkeypatch):
+    run = Run(tmp_path, 1)
+    save_config(replace(cfg, nnodes=2, node_rank=1), run.file('config.json'))
+    monkeypatch.setattr(os, 'link', lambda *_: (_ for _ in ()).throw(PermissionError(errno.EPERM, 'no links here')))
+    jobs._share_config(run)
+    assert (tmp_path/'config.json').read_bytes() == run.file('config.json').read_bytes()
+    monkeypatch.undo()
+    (tmp_path/'config.json').write_text('of machine 0')
+    jobs._share_config(run)
+    assert (tmp_path/'config.json').read_text() == 'of machine 0' and sorted(p.name for p in tmp_path.iterdir() if 'config' in p.name) == ['config-1.json', 'config.json']
+
+def test_a_user_without_a_home(cfg, tmp_path, monkeypatch):
+    monkeypatch.delenv('HOME')
+    monkeypatch.setattr(pwd, 'getpwuid', lambda uid: {}[uid]) # as in a container
+    monkeypatch.delenv('TORCH_EXTENSIONS_DIR', raising=False)
+    with pytest.raises(ValueError, match='Set TORCH_EXTENSIONS_DIR to a folder'): launch(cfg)
+    assert not Path(cfg.output_dir).exists()
+    assert launch(replace(cfg, deepspeed=None), start=False).status()['state'] == 'prepared'
+    monkeypatch.setenv('TORCH_EXTENSIONS_DIR', str(tmp_path/'compiled'))
+    run = launch(replace(cfg, output_dir=str(tmp_path/'other')), start=False)
+    assert f'TORCH_EXTENSIONS_DIR={tmp_path}/compiled' in run.file('run.sh').read_text()
+
+def test_a_home_that_cannot_be_written(cfg, tmp_path, monkeypatch):
+    (tmp_path/'home').write_text('')
+    monkeypatch.setenv('HOME', str(tmp_path/'home'))
+    monkeypatch.delenv('TORCH_EXTENSIONS_DIR', raising=False)
+    with pytest.raises(ValueError, match='which cannot be written .*Set TORCH_EXTENSIONS_DIR'): launch(cfg)
+    assert not Path(cfg.output_dir).exists()
+    jobs._check_compiled(replace(cfg, deepspeed=None)) # compiles nothing
+    monkeypatch.setenv('TORCH_EXTENSIONS_DIR', str(tmp_path/'compiled'))
+    jobs._check_compiled(cfg)
+
 def test_the_folder_says_how_to_repeat_the_run(cfg):
     run = launch(cfg, start=False)
     kept = json.loads((run.folder/'config.json').read_text())
@@ -225,6 +288,40 @@ def test_a_broken_status_file_is_survived(cfg):
     (run.folder/'status.json').write_text('{"state": "run')
     assert run.status()['state'] == 'stopped' or run.status()['state'] in ('starting', 'running')
     until(lambda: run.status()['state'] == 'done')
+
+@pytest.mark.parametrize('broken', [b'', b'[]', b'3', b'\xff\xfe', b'{"a"'])
+def test_one_broken_file_hides_no_run(tmp_path, broken):
+    for name in ('good', 'bad'): elsewhere(tmp_path/name, 5)
+    (tmp_path/'bad'/'status.json').write_bytes(broken)
+    assert {r.folder.name: r.status()['state'] for r in find_runs(tmp_path)} == dict(good='running', bad='stopped')
+    assert read_status(tmp_path/'bad') == {}
+    write_status(tmp_path/'bad', 'running')
+    assert read_status(tmp_path/'bad')['state'] == 'running'
+    (tmp_path/'bad'/'config.json').write_bytes(broken)
+    assert [r.folder.name for r in find_runs(tmp_path)] == ['good']
+    with pytest.raises(ValueError, match='config.json is broken.*Bring it back'): Run.attach(tmp_path/'bad')
+
+def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
+    write_json(tmp_path/'status.json', dict(state='running'))
+    monkeypatch.setattr(os, 'replace', full)
+    with pytest.raises(OSError, match='No space left'): write_json(tmp_path/'status.json', {})
+    assert [p.name for p in tmp_path.iterdir()] == ['status.json'] and read_status(tmp_path) == dict(state='running')
+
+def test_a_full_disk_is_a_cause(tmp_path, monkeypatch):
+    run = elsewhere(tmp_path/'a', 700)
+    assert run.cause().startswith('Nothing was printed.\n') or shutil.disk_usage(tmp_path).free < 16e6
+    monkeypatch.setattr(shutil, 'disk_usage', lambda _: shutil._ntuple_diskusage(100, 100, 0))
+    assert re.match(r'Nothing was printed. The disk may have been full: 0.0 MB are free where .*/a is. Make room first.\n', run.cause())
+    run.file('log.txt').write_text('loading\n')
+    assert run.cause().startswith('A process ended without a word. The disk may have been full')
+    write_status(run.folder, 'failed', error='ValueError: said')
+    assert run.cause().startswith('ValueError: said\n')
+
+@pytest.mark.parametrize('wrong, said', [(dict(cpus_per_task=-3), 'cpus_per_task is -3'), (dict(cpus_per_task=0), '1 or more'), (dict(cpus_per_task=2.5), 'number of cores'), (dict(partition=''), "partition is ''"), (dict(account=' '), "account is ' '")])
+def test_what_slurm_would_refuse(tmp_path, wrong, said):
+    run = elsewhere(tmp_path/'a', 700)
+    with pytest.raises(ValueError, match=said): run.slurm(**wrong)
+    assert not (run.folder/'job.sbatch').exists()
 
 def test_what_the_data_check_found_is_printed(cfg, data_copy, capsys):
     entries = json.loads(data_copy.read_text()); entries[1]['image'] = 'gone.png'; del entries[2]['image']; entries[2]['conversations'][0]['content'] = 'Which colour?'
