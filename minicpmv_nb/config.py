@@ -325,62 +325,187 @@ def flag_help()->str: # One line per flag
     return '\n'.join(f'  --{name} {d["kind"]}' + (f' [{DEFAULTS[name] if d["default"] == "GUIDE_LORA_TARGETS" else d["default"]}]' if d['default'] else '') + f'\n      {d["meaning"]}' for name, d in documented().items())
 
 # %% ../nbs/01_config.ipynb #3d9b507c
-def _join_lines(script:str)->list[str]: # Logical lines without comments
-    lines, open_line = [], ''
-    for line in script.splitlines():
-        code = re.sub(r'\\\s*(#.*)?$', '\\\\', line.rstrip()) # `\ # why` continues the line as well
-        code = re.sub(r'''^((?:"[^"]*"|'[^']*'|[^"'\s]|\s(?!#))*)(?:^|\s)#.*$''', r'\1', code) if not code.endswith('\\') else code
-        rest = re.sub(r'"[^"]*"', '', (open_line + code).replace('\\"', '')) # without closed double quotes, an apostrophe in which means nothing
-        in_quotes = rest.count('"') % 2 or re.sub(r"'[^']*'", '', rest).count("'")
-        open_line += (code[:-1] if code.endswith('\\') else code) + ' '
-        if not code.endswith('\\') and not in_quotes: lines, open_line = lines + [open_line.strip()], ''
-    return [line for line in lines + [open_line.strip()] if line]
+_CALL = r'\$\((?:[^()]|\([^()]*\))*\)' # of a command
+_TEXT = rf'"((?:\\.|{_CALL}|[^"\\$]|\$(?!{_CALL}))*)"'
+_QUOTED = rf"""\\.|'[^']*'|{_TEXT.replace('((?:', '(?:(?:')}"""
+_BRACED = r'\$\{(?:[^{}]|\{[^{}]*\})*\}'
+_PARAMETER = rf'\$(?:[A-Za-z_]\w*|[\d@*?!#$])|{_BRACED}|{_CALL}|`[^`]*`'
+_TOKEN = re.compile(rf'(?P<op>\d*(?:<+|>>?)(?:&[\d-]+)?|&>>?|&&|\|\|?|;;?|[&()])|(?P<word>(?:{_QUOTED}|{_BRACED}|{_CALL}|`[^`]*`|(?<==)\((?:{_QUOTED}|[^()\'"\\])*\)|[^\s;&|<>()])+)', re.S)
+_OPEN_ARRAY = re.compile(rf'\s*(?:\w+\s+(?:-\w+\s+)*)?\w+\+?=\((?:{_QUOTED}|[^()\'"\\])*', re.S)
+_HERE = re.compile(r'''(?<!<)<<-?\s*(['"]?)([A-Za-z_]\w*)\1(.*)\n(?:.*\n)*?\s*\2[ \t]*$''', re.M)
 
-def _fill(text:str, variables:dict, strict:bool=False)->str: # Replace $NAME, ${NAME} and ${NAME:-default}
-    def value(m):
-        if m[1] not in variables and m[2] is None and not strict: return m[0] # to be told where it is used
-        found = variables.get(m[1], m[0] if m[2] is None else m[2])
-        if strict and (unset := re.search(r'\$\{?(\w+)', found)): raise ValueError(f'The script uses ${unset[1]}, which it does not set: set it there, or write its value in its place.')
-        if strict and re.search(r'\$\(|`', found): raise ValueError(f'The script sets ${m[1]} by a command, which is not run here: write its value in its place.')
-        return found
-    return re.sub(r'\$\{?(\w+)(?::-([^}]*))?\}?', value, text)
+def _code(line:str, quote:str)->tuple[str,str]: # A line without its comment, and the quote that is open at its end
+    if quote: line = re.sub(r'''^([^"']*\\)\s+(#.*)?$''', r'\1', line) # `\ # why` is no part of the value, either
+    for m in re.finditer(r'''\\.|["']|(?:^|(?<=[\s;]))#''', line):
+        if quote: quote = '' if m[0] == quote or quote == "'" == m[0][-1] else quote
+        elif m[0] == '#': return line[:m.start()].rstrip(), ''
+        elif m[0] in ('"', "'"): quote = m[0]
+    return line.rstrip(), quote
 
-def _read_script(script:str)->tuple[dict,list[str]]: # Variables, and the words of the torchrun line
-    variables, command = {}, []
-    for line in _join_lines(script):
-        line = re.sub(r'^(?:\w+=\S*\s+)+(?=torchrun\b|deepspeed\b|python3?\b|accelerate\b)', '', line)
-        assigned = re.fullmatch(r'(?:export\s+)?(\w+)=(.*)', line, flags=re.S)
-        if assigned: variables[assigned[1]] = _fill(assigned[2].strip().strip('"\''), variables)
-        elif re.match(r'(torchrun|deepspeed|python3?|accelerate)\b', line) and '--model_name_or_path' in line: command = shlex.split(_fill(line, variables, strict=True))
-    end = next((i for i, word in enumerate(command) if re.match(r'(\d?>|\||&|;)', word)), None) # what a shell would do with its output
-    return variables, command[:end]
+def _join_lines(script:str)->list[tuple[int,str]]: # Numbers and text of logical lines, without comments
+    lines, text, quote, start = [], '', '', 0
+    for number, line in enumerate(_HERE.sub(lambda m: m[3] + '\n'*m[0].count('\n'), script.replace('\r\n', '\n')).split('\n'), 1):
+        start = start or number
+        code, quote = _code(line, quote)
+        goes_on = re.search(r'(?<!\\)(?:\\\\)*\\$', code) # also in front of a comment, `\ # why`
+        text += (code[:-1] + ' '*(code != line) if goes_on else code + '\n'*bool(quote))
+        if goes_on or quote: continue
+        if _OPEN_ARRAY.fullmatch(text): text += '\n'
+        else: lines, text, start = lines + [(start, text.strip())], '', 0
+    if quote: raise ValueError(f'The quote {quote} in line {start} or below it is never closed: close it.')
+    return [line for line in lines + [(start, text.strip())] if line[1]]
+
+def _statements(line:str): # Pairs of the operator before, and words with their quotes; where the output goes is left out
+    before, words, skip = '', [], False
+    for m in _TOKEN.finditer(line):
+        if m['op'] and set(m['op']) & set('<>'): skip = not re.search(r'&[\d-]+$', m['op'])
+        elif m['op']:
+            yield before, words
+            before, words = m['op'], []
+        elif skip: skip = False
+        else: words.append(m['word'])
+    yield before, words
+
+def _hide(text:str)->str: return '\0' + text.translate({32: 1, 9: 2, 10: 3}) # In quotes, spaces do not part words
+def _show(text:str)->str: return text.translate({0: None, 1: 32, 2: 9, 3: 10})
+
+def _unread(text:str, of:str)->str: # Why, for something behind a $ in the value of a variable or, without one, in the command
+    if text.startswith(('$(', '`')): return f'The script sets ${of} by a command, which is not run here: write its value in its place.' if of else f'The script uses {text}, a command, which is not run here: write its value in its place.'
+    if re.match(r'\$\{?[@*]', text): return f'The script uses {text}, the arguments it is started with, which are not known here: write them in its place.'
+    if re.match(r'\$\{\w+\[', text): return f'The script uses {text}, and arrays are not read: write the flags into the command.'
+    return f'The script uses {text}, which is not read: write its value in its place. Only $NAME, ${{NAME}} and ${{NAME:-default}} are.'
+
+def _value(text:str, variables:dict, of:str)->str: # Of $NAME, ${NAME} or ${NAME:-default}
+    m = re.fullmatch(r'\$(?:(\w+)|\{(\w+)(?::-(.*))?\})', text, flags=re.S)
+    if not m: raise ValueError(_unread(text, of))
+    name, default = m[1] or m[2], m[3]
+    found = variables.get(name)
+    if isinstance(found, ValueError): raise ValueError(*found.args)
+    if not found and default is not None: return _fill(default, variables, of)
+    if found is None: raise ValueError(f'The script uses ${name}, which it does not set: set it there, or write its value in its place.')
+    return found
+
+def _fill(word:str, variables:dict, of:str='')->str: # As bash does, without its quotes; spaces that were in them are hidden
+    def inside(m): return m[1] or _value(m[2], variables, of)
+    def piece(m):
+        if m[4]: return _value(m[4], variables, of)
+        return _hide(m[1] or m[2] or re.sub(rf'\\([$`"\\])|({_PARAMETER})', inside, m[3] or '', flags=re.S))
+    return re.sub(rf"\\(.)|'([^']*)'|{_TEXT}|({_PARAMETER}|\$['\"])", piece, word, flags=re.S)
+
+def _parts(word:str, variables:dict)->list[str]: return [_show(w) for w in _fill(word, variables).split()] # An unquoted variable may hold several words
+
+def _loose_parts(word:str, variables:dict)->list[str]: # The same, to look at a command that may not be the one
+    try: return _parts(word, variables) or ['']
+    except ValueError: return [word]
+
+_ASSIGNED = re.compile(r'([A-Za-z_]\w*)(\+?)=(.*)', re.S)
+
+def _assign(word:str, variables:dict, line:int|None=None)->None: # What cannot be read is told where it is used; line: of a block, which may not run
+    name, more, text = _ASSIGNED.fullmatch(word).groups()
+    try:
+        if line: raise ValueError(f'The script sets ${name} in line {line} under a condition, in a loop or in a function, which are not read: set it once, outside of them.')
+        if text.startswith('('): raise ValueError(_unread(f'${{{name}[@]}}', name))
+        value = _show(_fill(text, variables, name))
+        variables[name] = _value(f'${name}', {name: ''} | variables, name) + value if more else value
+    except ValueError as e: variables[name] = e
+
+_OPENS, _CLOSES = ('if', 'while', 'until', '{', 'for', 'select', 'case', 'function'), ('fi', 'done', 'esac', '}')
+_KEYWORDS = (*_OPENS, *_CLOSES, 'then', 'else', 'elif', 'do', '!', 'time')
+_SETS = ('export', 'declare', 'readonly', 'local', 'typeset')
+_GOES_WELL = ('cd', 'mkdir', 'source', '.', 'conda', 'module', 'echo', 'set', 'ulimit') # `cd x && A=1` is no condition
+_WRAPPERS = ('nohup', 'exec', 'env', 'srun', 'nice', 'numactl', 'setsid', 'stdbuf', 'timeout', 'command', 'sudo', 'uv', 'poetry', 'conda')
+
+def _open_blocks(words:list[str], depth:int)->tuple[list[str],int]: # A statement without keywords, and the number of blocks it is in
+    while words and words[0] in _KEYWORDS:
+        depth = max(depth + (words[0] in _OPENS) - (words[0] in _CLOSES), 0)
+        if words[0] in ('for', 'select'): return [f'{words[1]}='] if len(words) > 1 else [], depth
+        words = [] if words[0] in ('case', 'function') else words[1:]
+    return words, depth
+
+def _command(words:list[str], variables:dict)->tuple[dict,list[str]]|None: # Variables, and words from the launcher on; None: it is no launch
+    loose = [_loose_parts(w, variables)[0] for w in words]
+    at = next((i for i, w in enumerate(loose) if re.fullmatch(r'torchrun|deepspeed|accelerate|python[\d.]*', w.rpartition('/')[2])), None)
+    before = [w for w in loose[:at] if not _ASSIGNED.fullmatch(w)]
+    if at is None or before and before[0] not in _WRAPPERS: return None
+    own = dict(variables)
+    for w in words[:at]:
+        if _ASSIGNED.fullmatch(w): _assign(w, own)
+    return own, words[at:]
+
+def _run_through(script:str): # (line, variables before, words, variables of its own) of each command
+    variables, depth = {}, 0
+    for number, line in _join_lines(script):
+        sure = True
+        for before, words in _statements(line):
+            sure = before != '||' and (sure or before != '&&')
+            if not before and not depth and re.match(r'--?\w', line): raise ValueError(f'Line {number} begins with a flag, but the command ends above it, for want of a backslash or at a comment: join them, and delete comments and empty lines between.')
+            words, depth = _open_blocks(words, depth)
+            if words and words[0] in _SETS: words = [w for w in words if _ASSIGNED.fullmatch(w)]
+            if all(map(_ASSIGNED.fullmatch, words)):
+                for w in words: _assign(w, variables, None if sure and not depth else number)
+                continue
+            if words[0] == 'unset': variables = {k: v for k, v in variables.items() if k not in words}
+            yield number, dict(variables), words
+            sure = sure and words[0] in _GOES_WELL
+
+def _read_script(script:str)->tuple[dict,list[str]]: # Variables, and the words of the training command
+    found, others, named = [], [], []
+    for number, variables, words in _run_through(script):
+        known = any('--model_name_or_path' in w for word in words for w in _loose_parts(word, variables))
+        if command := _command(words, variables): (found if known else others).append((number, variables, *command))
+        elif known and words[0] not in ('echo', 'printf'): named.append(number)
+    if not found: found = [c for c in others if not c[3][0].rpartition('/')[2].startswith('python')]
+    if len(found) > 1: raise ValueError(f'There are several training commands, in lines {", ".join(str(c[0]) for c in found)}: leave one in the script.')
+    if not found and named: raise ValueError(f'Line {named[0]} does not begin with torchrun, deepspeed, accelerate or python: write it that way.')
+    return (found[0][2], [w for word in found[0][3] for w in _parts(word, found[0][1])]) if found else ({}, [])
 
 # %% ../nbs/01_config.ipynb #3ef11b71
-TORCHRUN = dict(nproc_per_node='gpus', num_gpus='gpus', nnodes='nnodes', num_machines='nnodes', node_rank='node_rank', machine_rank='node_rank',
+TORCHRUN = dict(nproc_per_node='gpus', num_gpus='gpus', nnodes='nnodes', num_nodes='nnodes', num_machines='nnodes', node_rank='node_rank', machine_rank='node_rank',
     master_addr='master_addr', main_process_ip='master_addr', master_port='master_port', main_process_port='master_port')
+# Options of launchers that change the training, and the flag to give to finetune.py instead
+_IN_FLAGS = dict(mixed_precision='--bf16 true or --fp16 true', use_deepspeed='--deepspeed ds_config_zero2.json', deepspeed_config_file='--deepspeed with this file', zero_stage='--deepspeed ds_config_zero2.json or ds_config_zero3.json',
+    config_file='what the file says, for example --bf16 true and --deepspeed ds_config_zero2.json', use_fsdp='--deepspeed ds_config_zero3.json', gradient_accumulation_steps='--gradient_accumulation_steps', gradient_clipping='--max_grad_norm',
+    offload_optimizer_device='--offload optimizer', offload_param_device='--offload all', cpu='--use_cpu true')
+_MODULES = ('torch.distributed.run', 'torch.distributed.launch', 'accelerate.commands.launch', 'deepspeed.launcher.runner') # that launch
+_UNSAID = ('standalone', 'use_env', 'multi_gpu', 'rdzv_backend', 'rdzv_id')
+
+def _options(launcher:list[str])->list[str]: # Without modules and Python's -u; short ones as long ones
+    rest = [w for w in launcher if w not in ('-m', '--module', '-u', 'launch', *_MODULES)]
+    return [{'-i': '--include', '-e': '--exclude'}.get(w, f'-{w}') if re.fullmatch(r'-[A-Za-z]', w) else w for w in rest]
 
 def _machine(launcher:list[str])->dict: # Fields, from the words between torchrun and the script
     found, total = {}, None
-    for name, value in _pairs([w for w in launcher if w not in ('-m', '-u', 'launch', 'torch.distributed.run', 'torch.distributed.launch')]):
-        if name == 'include': raise ValueError(f'--include {value} chooses GPUs: leave it out, set CUDA_VISIBLE_DEVICES before Python starts, and give their number as --num_gpus.')
+    for name, value in _pairs(_options(launcher)):
+        if name in ('include', 'exclude', 'gpu_ids'): raise ValueError(f'--{name} {value} chooses GPUs: leave it out, set CUDA_VISIBLE_DEVICES before Python starts, and give their number as --num_gpus.')
+        if name in _IN_FLAGS: raise ValueError(f'--{name} in front of the script changes the training, and is not read: leave it out, and write behind the script {_IN_FLAGS[name]}.')
         if name == 'rdzv_endpoint' and value: found |= {k: read_value(k, v) for k, v in zip(('master_addr', 'master_port'), value.rsplit(':', 1))}
         elif name == 'nproc_per_node' and value in ('gpu', 'auto'): found['gpus'] = None
         elif name == 'num_processes': total = read_value('gpus', value)
         elif name in TORCHRUN: found[TORCHRUN[name]] = read_value(TORCHRUN[name], value)
+        elif name not in _UNSAID: print(f'{"-" if len(name) == 1 else "--"}{name} of the launcher has no effect here.')
     if total and total % found.get('nnodes', 1): raise ValueError(f'--num_processes {total} cannot be shared equally by {found["nnodes"]} machines: accelerate counts the processes of all of them.')
     return found | (dict(gpus=total//found.get('nnodes', 1)) if total else {})
+
+def _text_of(path:str|Path)->str: # Of a script
+    try: return Path(path).read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError: raise ValueError(f'{path} is not UTF-8 text: save it as UTF-8.') from None
+
+def _is_script(word:str, before:str)->bool: # Whether flags of finetune.py follow
+    return word.endswith('.py') or before in ('-m', '--module') and word not in _MODULES
 
 def from_script(
     path:str|Path, # A shell script like the guide's `finetune_lora.sh`
     **changes, # Fields to replace
 )->Config: # What the script would train
-    "Read a guide-style script without running it. Raises `ValueError` when it has no torchrun line, or as `from_flags`."
-    variables, words = _read_script(Path(path).read_text(encoding='utf-8'))
-    script = next((i for i, w in enumerate(words) if w.endswith('.py') or w == 'minicpmv_nb.training'), None)
+    "Read a guide-style script without running it. Raises `ValueError` when it has no torchrun line or several, for what only a shell can work out, or as `from_flags`."
+    variables, words = _read_script(_text_of(path))
+    script = next((i for i, (before, w) in enumerate(zip(['', *words], words)) if _is_script(w, before)), None)
     if script is None: raise ValueError(f'{path}: no line "torchrun ... finetune.py --flags" found.')
+    if '#' in words: raise ValueError(f'{path}: bash takes a comment in quotes for words of the command: delete it there.')
     machine = _machine(words[1:script])
-    if chosen := variables.get('CUDA_VISIBLE_DEVICES'): print(f'CUDA_VISIBLE_DEVICES={chosen} has no effect here: set it before Python starts.')
-    nccl = {f'nccl_{k}_disable': variables.get(f'NCCL_{k.upper()}_DISABLE') == '1' for k in ('p2p', 'ib')}
+    chosen = variables.get('CUDA_VISIBLE_DEVICES')
+    if chosen: print(f'CUDA_VISIBLE_DEVICES{"" if isinstance(chosen, ValueError) else f"={chosen}"} has no effect here: set it before Python starts.')
+    nccl = {f'nccl_{k}_disable': _value(f'${{NCCL_{k.upper()}_DISABLE:-0}}', variables, '') == '1' for k in ('p2p', 'ib')}
     cfg = from_flags(words[script+1:], **machine, **nccl)
     return replace(cfg, **changes)
 

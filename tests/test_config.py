@@ -107,6 +107,86 @@ def test_chosen_gpus_are_not_ignored_in_silence(tmp_path, capsys):
 def test_script_without_a_command(tmp_path):
     with pytest.raises(ValueError, match=r'run\.sh: no line "torchrun \.\.\. finetune\.py --flags" found\.'): read(tmp_path, 'echo hello\n')
 
+RUN = 'torchrun finetune.py --model_name_or_path m --data_path d'
+
+def by_bash(folder, text):
+    "The configuration of the words that bash hands to torchrun."
+    (folder/'torchrun').write_text(f'#!/bin/bash\nprintf "%s\\0" "$@" > "{folder}/words"\n')
+    (folder/'torchrun').chmod(0o755)
+    (folder/'bash.sh').write_text(text)
+    subprocess.run(['bash', folder/'bash.sh'], cwd=folder, env=dict(PATH=f'{folder}:/usr/bin:/bin'), check=True)
+    words = (folder/'words').read_text().split('\0')[:-1]
+    return from_flags(words[words.index('finetune.py')+1:])
+
+@pytest.mark.parametrize('before, flags, want', [
+    ('ARGS="--seed 7"\nARGS+=" --output_dir o"', '$ARGS', 'o'), ('O=a; O+=b;', '--output_dir $O', 'ab'), ('O=out;', '--output_dir $O', 'out'), ('A=1 B=2', '--output_dir $A$B', '12'), ('export A=1 B="2 3"', '--output_dir "$A$B"', '12 3'),
+    ('readonly O=o', '--output_dir $O', 'o'), ('R=/r\nO="$R"/out', '--output_dir $O', '/r/out'), ('R=/r\nO=$R/"my"out', '--output_dir $O', '/r/myout'), ('O="/o\'brien/x"', '--output_dir $O', "/o'brien/x"),
+    ('O="a b"', '--output_dir "$O" --seed 7', 'a b'), ('R="a\\.\\d+(b|c)"', '--output_dir $R', r'a\.\d+(b|c)'), ('', r'--output_dir "a\"b\$c\d|e$"', r'a"b$c\d|e$'), ('', "--output_dir '$HOME/x'", '$HOME/x'), ("O='a\\'", '--output_dir $O', 'a\\'),
+    ('', '--output_dir ${O:-${B:-/o}}', '/o'), ('O=', '--output_dir ${O:-"a b"}', 'a b'), ('E=${E:-}', '--output_dir o $E', 'o'), ('', '--output_dir ${1:-o}', 'o'), ('O=a\nunused=$(date) other=`date`', '--output_dir ${O:-b}', 'a'),
+    ('O=old\n# the new place \\\nO=new', '--output_dir $O', 'new'), ('O=old # the place \\\nO=new', '--output_dir $O', 'new'), ("# don't\nO=o", '--output_dir $O', 'o'), ('# torchrun finetune.py \\\n#  --seed 3 \\\nO=o', '--output_dir $O', 'o'),
+    ('', '--output_dir /a/\\\nb', '/a/b'), ('', '--output_dir o \\\n  # --seed 3 \\\n\necho', 'o'), ('', '--seed 3 > log 2>&1 --output_dir o || exit 1', 'o'), ('', '--output_dir o | tee log', 'o'), ('cat > x.json <<EOF\n{"it\'s": 1}\nO=bad\nEOF\nO=o', '--output_dir $O', 'o'),
+    ('if [ 1 = 2 ]; then\n  unused=1\nfi\nwhile [ $# -gt 0 ]; do case $1 in --o) unused=$2 ;; *) shift ;; esac; done\nfunction f {\n  O=1\n}\nO=2', '--output_dir $O', '2'), ('O=x\nunset O', '--output_dir ${O:-y}', 'y'),
+    ('true && O=a || true\nO=b', '--output_dir $O', 'b'), ('cd . && O=a', '--output_dir $O', 'a')])
+def test_script_says_what_bash_makes_of_it(tmp_path, before, flags, want):
+    text = f'{before}\n{RUN} {flags}\n'
+    cfg = read(tmp_path, text)
+    assert cfg.output_dir == want and cfg == by_bash(tmp_path, text)
+
+@pytest.mark.parametrize('before, flags, said', [
+    ('', '--output_dir ${M##*/}', r'uses \$\{M##\*/\}, which is not read: write its value'), ('', '--output_dir "${D%.json}-run"', 'which is not read'), ('', '--output_dir ${O/a/b}', 'which is not read'), ('', '--output_dir "${O:0:3}"', 'which is not read'), ('', '--output_dir ${O^^}', 'which is not read'),
+    ('O=${M##*/}', '--output_dir $O', r'uses \$\{M##\*/\}'), ('', "--output_dir $'o'", r"uses \$', which is not read"), ('', '--output_dir `date`', 'uses `date`, a command, which is not run here'), ('', '--output_dir "o-$(date "+%s")"', r'uses \$\(date "\+%s"\), a command'), ('O=o-$(date)', '--output_dir $O', r'sets \$O by a command'),
+    ('', '"$@"', r'uses \$@, the arguments it is started with, which are not known'), ('', '${@:2}', 'the arguments it is started with'), ('A=(--seed 1)', '"${A[@]}"', r'uses \$\{A\[@\]\}, and arrays are not read: write the flags into the command'), ('A=(\n  --seed 1 # "one"\n  --lora_target_modules "(q|k)"\n)', '${A[@]}', 'arrays are not read'),
+    ('O=1\nif [ -n "$X" ]; then\n  O=2\nfi', '--output_dir $O', r'sets \$O in line 3 under a condition'), ('O=1\n[ -n "$X" ] && O=2', '--output_dir $O', r'sets \$O in line 2 under a condition'), ('[ "$O" ] || O=2', '--output_dir $O', r'sets \$O in line 1'), ('case $1 in\n  a) O=1 ;;\nesac', '--output_dir $O', r'sets \$O in line 2'),
+    ('f() {\n  O=1\n}', '--output_dir $O', r'sets \$O in line 2'), ('for O in a b; do echo; done', '--output_dir $O', r'sets \$O in line 1'), ('if [ 1 ]; then export NCCL_P2P_DISABLE=1; fi', '', r'sets \$NCCL_P2P_DISABLE in line 1'),
+    (RUN, '--seed 2', 'several training commands, in lines 1, 2: leave one'), (f'if [ 1 ]; then\n  {RUN}\nelse', '\nfi', 'several training commands, in lines 2, 4'),
+    ('', '\\\n  # --seed 3 \\\n  --output_dir o', 'Line 4 begins with a flag, but the command ends above it'), ('', '\\\n\n  --output_dir o', 'Line 4 begins with a flag'), ('', '--seed 3 # why \\\n  --output_dir o', 'Line 3 begins with a flag'), ('A="\n  --seed 1 # why\n"', '$A', 'bash takes a comment in quotes for words'), ('', '--output_dir "o', 'The quote " in line 2 or below it is never closed')])
+def test_script_with_what_is_not_read(tmp_path, before, flags, said):
+    with pytest.raises(ValueError, match=said): read(tmp_path, f'{before}\n{RUN} {flags}\n')
+
+@pytest.mark.parametrize('start', ['nohup ', 'exec ', 'env X=1 ', 'env X=1 Y="a b" ', 'FOO="a b" ', 'cd x && ', 'set -e; ', 'srun -n 1 ', 'time ', '/opt/conda/bin/', 'A=1 nohup /opt/bin/', 'if ! ', 'timeout 10h ', '(cd x; ', 'train() { '])
+def test_script_with_something_before_the_command(tmp_path, start):
+    assert read(tmp_path, f'{start}torchrun --nproc_per_node 2 finetune.py --model_name_or_path m --data_path d\n') == Config('m', 'd', gpus=2)
+
+@pytest.mark.parametrize('launcher, fields', [('python -m torch.distributed.run --nproc_per_node 2 finetune.py', dict(gpus=2)), ('torchrun --nproc_per_node=2 -m finetune.finetune', dict(gpus=2)), ('python3.10 -u -m finetune.finetune', {}), ('python -W ignore finetune.py', {}), ('python -m accelerate.commands.launch --num_processes 2 finetune.py', dict(gpus=2)),
+    ('deepspeed --num_nodes 2 --num_gpus 4 --module finetune.finetune', dict(nnodes=2, gpus=4)), ('NCCL_P2P_DISABLE=1 torchrun finetune.py', dict(nccl_p2p_disable=True)), ('env NCCL_IB_DISABLE=1 nohup torchrun finetune.py', dict(nccl_ib_disable=True)), ('NCCL_P2P_DISABLE="0" torchrun finetune.py', {})])
+def test_launchers_in_full(tmp_path, launcher, fields): assert read(tmp_path, f'{launcher} --model_name_or_path m --data_path d\n') == Config('m', 'd', **fields)
+
+def test_launcher_and_flags_in_variables(tmp_path):
+    assert read(tmp_path, 'L="torchrun --nproc_per_node 2"\nA="--model_name_or_path m --data_path d"\n$L finetune.py $A\n') == Config('m', 'd', gpus=2)
+
+@pytest.mark.parametrize('options, said', [('--mixed_precision bf16', '--mixed_precision in front of the script changes the training, and is not read: leave it out, and write behind the script --bf16 true or'), ('--use_deepspeed --deepspeed_config_file ds.json', '--use_deepspeed in front .* --deepspeed ds_config_zero2.json'),
+    ('--deepspeed_config_file ds.json', 'behind the script --deepspeed with this file'), ('--config_file a.yaml', 'behind the script what the file says'), ('--gpu_ids 0,1', '--gpu_ids 0,1 chooses GPUs')])
+def test_options_of_a_launcher_that_change_the_training(tmp_path, options, said):
+    with pytest.raises(ValueError, match=said): read(tmp_path, f'accelerate launch {options} finetune.py --model_name_or_path m --data_path d\n')
+
+def test_options_of_a_launcher_that_are_left_out_are_said(tmp_path, capsys):
+    assert read(tmp_path, 'torchrun -r 3 --standalone --log-dir logs finetune.py --model_name_or_path m --data_path d\n') == Config('m', 'd')
+    assert capsys.readouterr().out.splitlines() == ['-r of the launcher has no effect here.', '--log_dir of the launcher has no effect here.']
+
+@pytest.mark.parametrize('start', ['CUDA_VISIBLE_DEVICES="0,1" ', 'env CUDA_VISIBLE_DEVICES=0,1 ', 'export CUDA_VISIBLE_DEVICES=0,1\n'])
+def test_gpus_chosen_before_the_command(tmp_path, start, capsys):
+    assert read(tmp_path, f'{start}{RUN}\n') == Config('m', 'd')
+    assert 'CUDA_VISIBLE_DEVICES=0,1 has no effect here' in capsys.readouterr().out
+
+@pytest.mark.parametrize('start', ['mpirun -np 2 torchrun ', 'bash -c "torchrun ', './'])
+def test_script_whose_command_begins_otherwise(tmp_path, start):
+    with pytest.raises(ValueError, match='Line 2 does not begin with torchrun, deepspeed, accelerate or python'): read(tmp_path, f'\n{start}finetune.py --model_name_or_path m --data_path d' + '"'*('"' in start) + '\n')
+
+def test_comments_behind_backslashes_in_quotes(tmp_path):
+    assert read(tmp_path, f'D="\n  --nproc_per_node 2 \\ # isn\'t it\n  --nnodes 1 \\  \n"\n{RUN.replace("finetune.py", "$D finetune.py")}\n') == Config('m', 'd', gpus=2)
+
+def test_script_of_another_encoding(tmp_path):
+    (tmp_path/'run.sh').write_bytes(f'# 模型路径\n{RUN}\n'.encode('gbk'))
+    with pytest.raises(ValueError, match=r'run\.sh is not UTF-8 text: save it as UTF-8\.$'): from_script(tmp_path/'run.sh')
+    done = subprocess.run([sys.executable, '-m', 'minicpmv_nb.command', 'train', '--script', 'run.sh'], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode and 'run.sh is not UTF-8 text' in done.stderr and 'Traceback' not in done.stderr
+    (tmp_path/'run.sh').write_bytes(f'# 模型路径\r\n{RUN}\r\n'.encode('utf-8-sig'))
+    assert from_script(tmp_path/'run.sh') == Config('m', 'd')
+
+def test_script_that_is_long_or_odd_is_read_at_once(tmp_path):
+    for odd in ('A=(' + '\\a"$(a)"'*300 + ')', 'A="' + '$(a)\\"'*300 + '"', 'A=' + '${a'*300, 'A=(' + '"$(a)$(b)" \'x\' '*300 + ')', 'echo "x" $(ls)\n'*2000):
+        assert read(tmp_path, f'{odd}\n{RUN}\n') == Config('m', 'd')
+
 
 # --- flags -----------------------------------------------------------------------------------------------------------
 
