@@ -366,6 +366,7 @@ def _statements(line:str): # Pairs of the operator before, and words with their 
         else: words.append(m['word'])
     yield before, words
 
+# %% ../nbs/01_config.ipynb #f928a845
 def _hide(text:str)->str: return '\0' + text.translate({32: 1, 9: 2, 10: 3}) # In quotes, spaces do not part words
 def _show(text:str)->str: return text.translate({0: None, 1: 32, 2: 9, 3: 10})
 
@@ -409,6 +410,7 @@ def _assign(word:str, variables:dict, line:int|None=None)->None: # What cannot b
         variables[name] = _value(f'${name}', {name: ''} | variables, name) + value if more else value
     except ValueError as e: variables[name] = e
 
+# %% ../nbs/01_config.ipynb #d0efa126
 _OPENS, _CLOSES = ('if', 'while', 'until', '{', 'for', 'select', 'case', 'function'), ('fi', 'done', 'esac', '}')
 _KEYWORDS = (*_OPENS, *_CLOSES, 'then', 'else', 'elif', 'do', '!', 'time')
 _SETS = ('export', 'declare', 'readonly', 'local', 'typeset')
