@@ -756,6 +756,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'minicpmv_nb.jobs._alone': ('jobs.html#_alone', 'minicpmv_nb/jobs.py'),
                                   'minicpmv_nb.jobs._attached': ('jobs.html#_attached', 'minicpmv_nb/jobs.py'),
                                   'minicpmv_nb.jobs._awaits': ('jobs.html#_awaits', 'minicpmv_nb/jobs.py'),
+                                  'minicpmv_nb.jobs._begin': ('jobs.html#_begin', 'minicpmv_nb/jobs.py'),
                                   'minicpmv_nb.jobs._calm': ('jobs.html#_calm', 'minicpmv_nb/jobs.py'),
                                   'minicpmv_nb.jobs._check_compiled': ('jobs.html#_check_compiled', 'minicpmv_nb/jobs.py'),
                                   'minicpmv_nb.jobs._check_data': ('jobs.html#_check_data', 'minicpmv_nb/jobs.py'),

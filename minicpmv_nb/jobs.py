@@ -529,10 +529,14 @@ def launch(
     return run.start() if start else run
 
 def _start(run:Run, cfg:Config)->Run: # Start run.sh in a session of its own
-    import psutil
     cfg = fit_network(fit_machine(cfg, _gpus(cfg)))
     check_port(cfg)
+    _check_compiled(cfg)
     check_resume(cfg, cfg.gpus*cfg.nnodes)
+    with _in_words(run.folder): return _begin(run, cfg)
+
+def _begin(run:Run, cfg:Config)->Run: # The process, and what is said of it
+    import psutil
     write_script(cfg, run.file('run.sh'), _join_timeout(run))
     clear_locks(Path(_environment(cfg)['TORCH_EXTENSIONS_DIR']))
     (run.folder/f'exit-{run.node_rank}').unlink(missing_ok=True)
