@@ -535,7 +535,7 @@ def compare_machines(
     start:str|Path|None, # The checkpoint it goes on from
 )->None:
     "See that all machines were told the same. Raises `ValueError` with what differs."
-    if int(os.environ.get('LOCAL_WORLD_SIZE', 1)) == trainer.args.world_size: return
+    if 'GROUP_RANK' not in os.environ or int(os.environ['LOCAL_WORLD_SIZE']) == trainer.args.world_size: return # not started by torchrun, or one machine
     what = {k: v for k, v in asdict(cfg).items() if k not in OF_A_MACHINE} | dict(checkpoint=start and Path(start).name, weights=trainer.notes.get('base'), deepspeed=deepspeed_json(cfg) if cfg.deepspeed else None)
     if trainer.args.local_process_index == 0: what |= facts(cfg)['data_sha256']
     told = [None]*trainer.args.world_size
