@@ -506,8 +506,9 @@ def _dataset(path, cfg:Config, processor)->SampleDataset:
 def refuse_foreign(
     folder:str|Path, # Where a run shall go
 )->None:
-    "Old checkpoints would be rotated away, and resumed from. Raises `FileExistsError` for a folder with files of something else."
+    "Old checkpoints would be rotated away, and resumed from. Raises `FileExistsError` for a folder with files of something else, and for a file."
     folder = Path(folder)
+    if folder.is_file(): raise FileExistsError(f'{folder} is a file, and a run needs a folder. Use another output_dir.')
     if folder.exists() and any(folder.iterdir()) and not (folder/'config.json').is_file():
         raise FileExistsError(f'{folder} is not empty and holds no run of this package. Use another output_dir.')
 

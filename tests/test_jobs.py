@@ -276,6 +276,7 @@ def test_checkpoints_of_something_else_are_left_alone(cfg):
     old = Path(cfg.output_dir)/'checkpoint-400'; old.mkdir(parents=True)
     with pytest.raises(FileExistsError, match='holds no run of this package'): launch(cfg)
     assert old.is_dir()
+    with pytest.raises(FileExistsError, match='is a file, and a run needs a folder'): launch(replace(cfg, output_dir=str(cfg.data_path)))
 
 def test_the_demo_deletes_only_its_own_folder(tmp_path):
     from minicpmv_nb.demo import demo
