@@ -457,6 +457,8 @@ def _read_script(script:str)->tuple[dict,list[str]]: # Variables, and the words 
         if command := _command(words, variables): (found if known else others).append((number, variables, *command))
         elif known and words[0] not in ('echo', 'printf'): named.append(number)
     if not found: found = [c for c in others if not c[3][0].rpartition('/')[2].startswith('python')]
+    launches = [c for c in found if not c[3][0].rpartition('/')[2].startswith('python')] # the others merge or evaluate
+    if len(launches) == 1: found = launches
     if len(found) > 1: raise ValueError(f'There are several training commands, in lines {", ".join(str(c[0]) for c in found)}: leave one in the script.')
     if not found and named: raise ValueError(f'Line {named[0]} does not begin with torchrun, deepspeed, accelerate or python: write it that way.')
     return (found[0][2], [w for word in found[0][3] for w in _parts(word, found[0][1])]) if found else ({}, [])

@@ -392,7 +392,7 @@ def code_note(
     out:str|Path='FOLDER', # Where its copy goes, if that is known
 )->tuple[str,str]|None: # What lacks, and what to do; None: nothing
     "Which Python files do the settings name that are not there? They are left out of a download on purpose, and this package needs none."
-    maps = [json.loads(f.read_text(encoding='utf-8')).get('auto_map') or {} for f in sorted(Path(folder).glob('*config.json'))]
+    maps = [json.loads(f.read_text(encoding='utf-8')).get('auto_map') or {} for f in (Path(folder)/name for name in ('config.json', 'preprocessor_config.json', 'tokenizer_config.json')) if f.is_file()]
     classes = [c for m in maps for entry in m.values() for c in ([entry] if isinstance(entry, str) else entry) if c and '--' not in c] # with `--` they are looked up on the hub
     lacking = [name for name in dict.fromkeys(f'{c.split(".")[0]}.py' for c in classes) if not (Path(folder)/name).is_file()]
     if lacking: return (f'Named by the settings, but not in the folder: {", ".join(lacking)}. This package needs no code from a checkpoint; programs that run the official code do.',

@@ -151,7 +151,9 @@ class Pulse(TrainerCallback):
         threading.Thread(target=self._run, daemon=True).start()
 
     def _moved(self, *args, **kw): self.moves += 1 # Something was done
-    on_step_begin = on_substep_end = on_pre_optimizer_step = on_optimizer_step = on_prediction_step = on_evaluate = on_save = on_log = on_epoch_end = _moved
+    on_step_begin = on_substep_end = on_pre_optimizer_step = on_optimizer_step = on_evaluate = on_save = on_log = on_epoch_end = _moved
+
+    def on_prediction_step(self, *args, **kw): self.first = min(self.first, self.step-1); self._moved() # one before the first step is watched, too
 
     def on_step_end(self, args, state, control, **kw): self.step = state.global_step; self._moved()
 
@@ -215,7 +217,8 @@ class Stop(TrainerCallback):
         heard, bell = os.pipe()
         os.set_blocking(bell, False)
         signal.set_wakeup_fd(bell, warn_on_full_buffer=False)
-        for number in LEAVE: signal.signal(number, lambda *_: None)
+        for number in LEAVE: # what is ignored, as under nohup, stays so; torchrun takes all of them over itself
+            if signal.getsignal(number) != signal.SIG_IGN or 'TORCHELASTIC_RUN_ID' in os.environ: signal.signal(number, lambda *_: None)
         threading.Thread(target=self._listen, args=(heard,), daemon=True).start()
         return self
 
@@ -262,6 +265,7 @@ def steady(
     if first: first(number)
     signal.set_wakeup_fd(-1) # the rank's
     for number in LEAVE: signal.signal(number, lambda *_: signal.alarm(30))
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(0)) # torch ends the rank when one of these fails, though a checkpoint may be on its way
 
 def _runs(pid:int)->bool:
     import psutil

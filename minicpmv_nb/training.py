@@ -339,19 +339,16 @@ def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
 
 def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial):
     "Logging, saving and evaluating as often as is asked for now."
-    self.begun_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+    self.begun_from, self.own = Path(resume_from_checkpoint) if resume_from_checkpoint else None, False # own: of this very run
     counted = super(FineTuner, self)._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)
     self.state.compute_steps(self.args, max_steps)
     self.args.eval_on_start = self._lacks_evaluation()
     return counted
 
-def _own(self)->bool: # Whether the checkpoint is of this run
-    return bool(self.begun_from) and self.begun_from.parent.resolve() == Path(self.args.output_dir).resolve()
-
 def _lacks_evaluation(self)->bool: # The checkpoint of an epoch's last step is written before its evaluation, and one of a run that shall stop without it
     s, how = self.state, self.args.eval_strategy
     due = dict(epoch=s.epoch == int(s.epoch or 0), steps=s.global_step % s.eval_steps == 0, no=False)[how] or how != 'no' and s.global_step >= s.max_steps
-    return bool(s.global_step and due and self._own() and not any('eval_loss' in e and e['step'] == s.global_step for e in s.log_history))
+    return bool(s.global_step and due and self.own and not any('eval_loss' in e and e['step'] == s.global_step for e in s.log_history))
 
 def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
     "Before the first step, an evaluation is one that was missed; a checkpoint then remembers it. One that is left because the run shall stop gives None."
@@ -368,11 +365,13 @@ def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
 def _load_callback_state(self):
     "What a checkpoint remembers of the best so far and of early stopping, when it is of this run; the patience is that of now."
     patience = [c for c in self.callback_handler.callbacks if isinstance(c, Patience)]
-    own = self._own()
-    if own: super(FineTuner, self)._load_callback_state()
+    told = [(asdict(self.state), self.begun_from.parent.resolve() == Path(self.args.output_dir).resolve())]
+    if dist.is_initialized(): dist.broadcast_object_list(told, 0) # another machine may have an older copy of it, and all must decide alike
+    self.state, self.own = TrainerState(**told[0][0]), told[0][1]
+    if self.own: super(FineTuner, self)._load_callback_state()
     else: self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
     stateful = TrainerState(stateful_callbacks=[c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]).stateful_callbacks
-    self.state.stateful_callbacks = stateful | (self.state.stateful_callbacks if own else {}) # early stopping may be new
+    self.state.stateful_callbacks = stateful | (self.state.stateful_callbacks if self.own else {}) # early stopping may be new
     for c in self.callback_handler.callbacks:
         if isinstance(c, Patience): c.early_stopping_patience = patience[0].early_stopping_patience
 
@@ -399,7 +398,7 @@ def _run_epoch(self, **how):
 
 FineTuner._load_from_checkpoint, FineTuner._load_callback_state, FineTuner._prepare_for_training = _load_from_checkpoint, _load_callback_state, _prepare_for_training
 FineTuner._init_training_state, FineTuner._renew, FineTuner._run_epoch = _init_training_state, _renew, _run_epoch
-FineTuner._own, FineTuner._lacks_evaluation, FineTuner._evaluate = _own, _lacks_evaluation, _evaluate
+FineTuner._lacks_evaluation, FineTuner._evaluate = _lacks_evaluation, _evaluate
 
 # %% ../nbs/11_training.ipynb #0f806027
 def gather_by_layer(
@@ -527,7 +526,7 @@ def _refuse_second(cfg:Config)->None: # Two runs in a folder would share checkpo
     if used and not cfg.resume_from_checkpoint and load_config(Path(cfg.output_dir)/'config.json') != cfg: # its own run.sh may repeat it
         raise FileExistsError(f'{cfg.output_dir} holds another run already. Use another output_dir, or go on with that one: resume_from_checkpoint="auto".')
 
-OF_A_MACHINE = ('model_name_or_path', 'data_path', 'eval_data_path', 'deepspeed', 'output_dir', 'logging_dir', 'report_to', 'dataloader_num_workers', 'hang_timeout', 'resume_from_checkpoint',
+OF_A_MACHINE = ('model_name_or_path', 'revision', 'data_path', 'eval_data_path', 'deepspeed', 'output_dir', 'logging_dir', 'report_to', 'dataloader_num_workers', 'hang_timeout', 'resume_from_checkpoint',
     'gpus', 'nnodes', 'node_rank', 'master_addr', 'master_port', 'nccl_p2p_disable', 'nccl_ib_disable') # What may differ; of files, their content may not
 
 def compare_machines(
@@ -538,12 +537,12 @@ def compare_machines(
     "See that all machines were told the same. Raises `ValueError` with what differs."
     if 'GROUP_RANK' not in os.environ or int(os.environ['LOCAL_WORLD_SIZE']) == trainer.args.world_size: return # not started by torchrun, or one machine
     what = {k: v for k, v in asdict(cfg).items() if k not in OF_A_MACHINE} | dict(checkpoint=start and Path(start).name, weights=trainer.notes.get('base'), deepspeed=deepspeed_json(cfg) if cfg.deepspeed else None)
-    if trainer.args.local_process_index == 0: what |= facts(cfg)['data_sha256']
+    if trainer.args.local_process_index == 0: what |= {k: data_hash(getattr(cfg, k)) for k in ['data_path'] + ['eval_data_path']*cfg.do_eval}
     told = [None]*trainer.args.world_size
     dist.all_gather_object(told, (trainer.args.local_process_index, int(os.environ['GROUP_RANK']), what))
     (_, _, first), *others = [t for t in told if t[0] == 0] # one of each machine
     for _, machine, other in others:
-        differ = [f'{k} {str(other[k])[:60]!r} instead of {str(first[k])[:60]!r}' for k in first if other[k] != first[k]]
+        differ = [f'{k} {str(other.get(k))[:60]!r} instead of {str(first.get(k))[:60]!r}' for k in first | other if other.get(k) != first.get(k)]
         if differ: raise ValueError(f'Machine {machine} was told otherwise than machine 0: {"; ".join(differ)}. Give all machines the same settings, files and checkpoints.')
 
 # %% ../nbs/11_training.ipynb #67d910d6

@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from minicpmv_nb.config import from_script, lora
+from minicpmv_nb.config import from_script, lora, write_json
 from minicpmv_nb.jobs import Run, RunFailed, fit_network, launch
 from minicpmv_nb.surviving import newest_checkpoint
 from support import free_port
@@ -55,6 +55,24 @@ def test_machines_that_were_told_otherwise(cfg, one, place, tmp_path, drawn, als
     for run in runs:
         with pytest.raises(RunFailed): run.wait(timeout=180)
     assert said in runs[0].status()['error'] and not numbers(runs[0]) and not newest_checkpoint(runs[0].folder)
+
+@pytest.mark.slow
+def test_machines_make_up_for_an_evaluation_together(cfg, place, tmp_path, drawn):
+    # Machine 1 has a copy of the checkpoint from before the evaluation was made, or, here, after it.
+    cfg = replace(cfg, do_eval=True, eval_data_path=str(drawn), evaluation_strategy='steps', eval_steps=2, lora_dropout=0.0) # the copy lacks the random state of rank 1
+    runs = [launch(cfg, node_rank=i, output_dir=str(tmp_path/str(i)), **place) for i in (0, 1)]
+    for run in runs: run.wait(timeout=180)
+    before = numbers(runs[0]), [(m['step'], m['eval_loss']) for m in runs[0].metrics() if 'eval_loss' in m]
+    kept = runs[0].folder/'checkpoint-2'
+    shutil.copytree(kept, runs[1].folder/'checkpoint-2')
+    state = json.loads((kept/'trainer_state.json').read_text())
+    (kept/'trainer_state.json').write_text(json.dumps(state | dict(log_history=[e for e in state['log_history'] if 'eval_loss' not in e])))
+    for run in runs:
+        for gone in [run.final, *run.folder.glob('checkpoint-3')]: shutil.rmtree(gone, ignore_errors=True)
+        write_json(run.file('status.json'), json.loads(run.file('status.json').read_text()) | dict(state='stopped'))
+    for run in runs: run.resume()
+    for run in runs: run.wait(timeout=120)
+    assert (numbers(runs[0]), [(m['step'], m['eval_loss']) for m in runs[0].metrics() if 'eval_loss' in m]) == before
 
 def test_machines_share_a_folder(cfg, one, place, tmp_path):
     shared = str(tmp_path/'shared')

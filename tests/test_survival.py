@@ -1,6 +1,7 @@
 "Runs that survive: killed, stopped, hung, on a full disk; what is best is kept, and what is resumed gives the same losses."
 import json, os, random, re, resource, shutil, signal, socket, subprocess, sys, time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from support import draw_data, flags, free_port
 from minicpmv_nb import training
 from minicpmv_nb.config import Config, read_status
-from minicpmv_nb.surviving import Pulse, Stop, checkpoints, newest_checkpoint, rotate, writing
+from minicpmv_nb.surviving import Pulse, Stop, checkpoints, newest_checkpoint, rotate, steady, writing
 from minicpmv_nb.training import read_metrics, train
 
 STEPS = 24
@@ -280,6 +281,26 @@ class StopWithin(StopAfter):
     def on_prediction_step(self, args, state, control, **kw):
         if state.global_step == self.step: self.asked = 1.
         super().on_prediction_step(args, state, control, **kw)
+
+def test_a_loader_that_was_told_to_stop_does_not_end_a_long_save(monkeypatch):
+    alarm = signal.alarm
+    monkeypatch.setattr(signal, 'alarm', lambda seconds: alarm(1)) # in the process that loads
+    loader = torch.utils.data.DataLoader(range(100), num_workers=1, worker_init_fn=partial(steady, None))
+    batches = iter(loader); next(batches)
+    worker = batches._workers[0]
+    os.kill(worker.pid, signal.SIGTERM)
+    end = time.monotonic() + 4
+    while time.monotonic() < end: time.sleep(.1) # a save; torch would raise here
+    assert worker.exitcode == 0
+
+@pytest.mark.parametrize('ignored', [False, True])
+def test_what_is_ignored_stays_so(monkeypatch, tmp_path, ignored):
+    # As under nohup.
+    monkeypatch.delenv('TORCHELASTIC_RUN_ID', raising=False)
+    code = f'''import signal; from minicpmv_nb.surviving import Stop
+{'signal.signal(signal.SIGHUP, signal.SIG_IGN)' if ignored else ''}
+Stop({str(tmp_path)!r}).listen(); print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)'''
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == str(ignored)
 
 @pytest.mark.parametrize('how', ['steps', 'epoch'])
 @pytest.mark.parametrize('kind', [StopAfter, StopWithin])
