@@ -281,7 +281,8 @@ def _attached(path:Path)->Run|None: # None: it cannot be read
 
 # %% ../nbs/13_jobs.ipynb #a7da4517
 def _ends(run:Run, known:dict)->bool: # Whether it was told to stop, and its processes are still saving
-    return known['state'] == 'stopped' and not known.get('slurm') and not _elsewhere(known) and known.get('pid') != os.getpid() and alive(known)
+    if known['state'] != 'stopped' or known.get('slurm') or _elsewhere(known) or known.get('pid') == os.getpid(): return False
+    return alive(known) and 'stopped by a signal' not in _log_since(run, known) # which is said when all is saved; torchrun may go on waiting for other machines
 
 def wait(self,
     timeout:float|None=None, # Seconds; None: as long as it takes
