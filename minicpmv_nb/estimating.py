@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OF_THE_MODEL', 'ASSUMED', 'ON_A_CPU', 'MOMENTS', 'Work', 'heaviest', 'Ledger', 'fake_model', 'Step', 'only_model',
-           'paper_step', 'Estimate', 'estimate', 'moment_bytes']
+           'paper_step', 'Leaving', 'Estimate', 'estimate', 'moment_bytes']
 
 # %% ../nbs/16_estimating.ipynb #84c4bcf2
 import json, math, threading, weakref
@@ -135,7 +135,7 @@ class Step:
     "Bytes at the peak of a forward and backward pass, the weights aside."
     tower: int # Kept by tower and resampler for the backward pass
     llm: int # Kept by the language model
-    head: int # Logits, loss, and the layer that is being worked on
+    head: int # Logits, loss, and the layer or the gradient that is being worked on
     gradients: int # Those that are there already
 
 # Fields on which the model and its step depend
@@ -152,14 +152,26 @@ def paper_step(
     cfg:Config, # What trains, and how
     work:Work, # The batch
     keep:bool=False, # Gradients are kept where they arise, as without ZeRO; otherwise they are counted elsewhere
+    leaving:tuple=(), # What `Leaving` takes, where the optimiser is offloaded
 )->Step: # At its peak
     "Do one step with tensors that have no content; the last answers are remembered."
-    return _paper_step(json.dumps(config), only_model(cfg), work, keep)
+    return _paper_step(json.dumps(config), only_model(cfg), work, keep, leaving)
+
+class Leaving:
+    "A gradient on its way into the machine's memory: it waits for the next one, then its norm is taken in float64, then it is copied as float32 (DeepSpeed's `zero/stage_1_and_2.py` and `stage3.py`)."
+    def __init__(self, split:int, most:int, at_once:int): # In how many parts each gradient is shared out; the most of one that a rank takes; how much its norm is taken of at a time
+        self.split, self.most, self.at_once, self.waiting = split, most, at_once, None
+
+    def next(self, gradient): # The one that is complete now; None: there are no more
+        if self.waiting is not None:
+            mine = self.waiting.flatten()[:min(math.ceil(self.waiting.numel()/self.split), self.most)]
+            mine[:self.at_once].double(); mine.float() # each gone before the next
+        self.waiting = gradient
 
 _ALONE = threading.Lock() # Two steps at a time would undo each other's change of transformers in the wrong order
 
 @lru_cache(maxsize=32)
-def _paper_step(config:str, cfg:Config, work:Work, keep:bool)->Step:
+def _paper_step(config:str, cfg:Config, work:Work, keep:bool, leaving:tuple)->Step:
     config = json.loads(config)
     if not any(work.pieces): work = replace(work, pieces=(((1, 1),),)+work.pieces[1:]) # so does the model with a batch without pictures
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -168,15 +180,18 @@ def _paper_step(config:str, cfg:Config, work:Work, keep:bool)->Step:
     l = _fake_layout(model, work, mode)
     with mode: inputs = _fake_inputs(model, work, l)
     ledger = Ledger([*tuned.parameters(), *tuned.buffers(), *inputs.values(), l.source, l.positions, l.rows, l.cols, l.times, l.order, *l.reads])
+    out = Leaving(*leaving) if leaving else None
     for p in tuned.parameters():
-        if p.requires_grad: p.register_post_accumulate_grad_hook(lambda p: _arrived(p, ledger, keep))
+        if p.requires_grad: p.register_post_accumulate_grad_hook(lambda p: _arrived(p, ledger, keep, out))
     with _ALONE, mode, ledger:
         held = _step(model, cfg, inputs, l, ledger)
+        if out: out.next(None)
     rest = ledger.peak - ledger.kept_at_peak
     tower = min(held[0], rest); llm = min(held[1]-held[0], rest-tower)
     return Step(tower, llm, rest-tower-llm, ledger.kept_at_peak)
 
-def _arrived(p:nn.Parameter, ledger:Ledger, keep:bool)->None: # A gradient is complete
+def _arrived(p:nn.Parameter, ledger:Ledger, keep:bool, out:Leaving|None)->None: # A gradient is complete
+    if out: out.next(p.grad)
     if keep: ledger.kept += p.grad.untyped_storage().nbytes()
     else: p.grad = None
 
@@ -285,12 +300,12 @@ def _rows(config:dict, cfg:Config, ranks:int, work:Work)->list[dict]: # One per 
     n = {k: found[k] for k in ('trained', 'frozen', 'packed')}
     needs = memory(**n, stage=stage, gpus=ranks, width=width, offload=offloaded(cfg), moments=moments)
     builds = not stage and cfg.gradient_accumulation_steps == 1 and ranks == 1 # gradients arise during the backward pass
-    step = paper_step(config, cfg, work, keep=builds)
+    step = paper_step(config, cfg, work, keep=builds, leaving=_leaving(cfg, ranks, found['groups']))
     arising = dict(gradients=step.gradients/1e9 if builds else needs['gradients'])
     row = lambda part, loading=0.0, training=0.0, step=0.0: dict(part=part, loading=loading, training=training, step=step)
     return [row('weights', needs['loading'], needs['weights'], needs['weights']), row('gradients', 0.0, arising['gradients'], needs['gradients']), row('optimizer', 0.0, needs['optimizer'], needs['optimizer']),
         row('buckets and gathered weights', 0.0, *_buffers(cfg, stage, ranks, n, width, found['widest'], config['hidden_size'])), row('one layer unpacked', 0.0, found['largest']*2/1e9),
-        row('tower, for the backward pass', 0.0, step.tower/1e9), row('language model, for the backward pass', 0.0, step.llm/1e9), row('logits and the layer at work', 0.0, step.head/1e9),
+        row('tower, for the backward pass', 0.0, step.tower/1e9), row('language model, for the backward pass', 0.0, step.llm/1e9), row('logits, the layer or gradient at work', 0.0, step.head/1e9),
         row('copies while stepping', 0.0, 0.0, _copies(cfg, stage, ranks, found['groups']))]
 
 def _buffers(cfg:Config, stage:int, ranks:int, n:dict, width:int, widest:int, hidden:int)->tuple[float,float]: # GB in the backward pass, and in the step
@@ -303,6 +318,10 @@ def _buffers(cfg:Config, stage:int, ranks:int, n:dict, width:int, widest:int, hi
     elsewhere = ranks > 1 or offloaded(cfg) in ('weights', 'all') # otherwise there is nothing to gather
     gathered = min(memory(**n, stage=2, width=width)['weights'], float(zero.get('stage3_max_live_parameters', 1e9))*width/1e9) if elsewhere else 0.0
     return bucket + gathered, bucket
+
+def _leaving(cfg:Config, ranks:int, groups:tuple)->tuple: # For `Leaving`: ZeRO-2 gives each rank a stretch of each of the optimiser's groups, ZeRO-3 a part of each weight
+    if offloaded(cfg) not in ('optimizer', 'all'): return ()
+    return (ranks, max(groups), 250_000_000) if zero_stage(cfg) == 3 else (1, math.ceil(max(groups)/ranks), max(groups)) # the number is stage3.py's `_constant_buffered_norm2`'s
 
 def _sub_groups(cfg:Config, sizes)->list[float]: # What is stepped at a time: a group; under ZeRO-3 at most `sub_group_size`
     if zero_stage(cfg) < 3: return list(sizes)

@@ -19,11 +19,11 @@ def larger(tmp_path_factory):
     from minicpmv_nb.model import tiny_checkpoint
     return tiny_checkpoint(tmp_path_factory.mktemp('model')/'larger', [QUESTION, *ANSWERS], '2.6', hidden_size=512, intermediate_size=2048, num_hidden_layers=4)
 
-def zero_file(folder, stage, offload):
+def zero_file(folder, stage, offload, bucket=2_000_000): # larger than any weight
     "Our own DeepSpeed configuration with a bucket that does not outweigh everything else at this size."
     from minicpmv_nb.config import deepspeed_json, lora
     given = deepspeed_json(lora('', '', deepspeed=f'ds_config_zero{stage}.json', offload=offload, use_cpu=True, bf16=True, fp16=False, per_device_train_batch_size=1, gradient_accumulation_steps=1))
-    given['zero_optimization']['reduce_bucket_size'] = 2_000_000 # larger than any weight
+    given['zero_optimization']['reduce_bucket_size'] = bucket
     (folder/'zero.json').write_text(json.dumps(given))
     return str(folder/'zero.json')
 
@@ -58,6 +58,20 @@ def test_bytes_of_a_real_run(method, stage, offload, optim, larger, tmp_path):
         assert .96*before - 4e5 < held['training'] < 1.04*(before + gathered) + 4e5, 'behind the backward pass'
         if stage and offload == 'none' and optim == 'adamw_torch': # a gradient copy in float32; Adam's intermediate values, as large again, come and go within the step
             assert held['stepping'] - held['training'] == pytest.approx(parts(e, 'step', {'copies while stepping'})/2, rel=.05, abs=4e5), 'before the largest group is stepped'
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stage', [2, 3])
+def test_a_gradient_on_its_way_out(stage, larger, tmp_path):
+    "DeepSpeed turns what it offloads to float64, for its norm: with weights as large as a head's that is most of what a step takes."
+    from minicpmv_nb import config, estimate
+    from minicpmv_nb.config import to_flags
+    cfg = config.full(str(larger), str(draw_data(tmp_path, 8)), deepspeed=zero_file(tmp_path, stage, 'optimizer', bucket=1000), bf16=True, fp16=False, use_cpu=True, max_steps=3, tune_vision=False,
+        per_device_train_batch_size=1, gradient_accumulation_steps=1, dataloader_num_workers=0, save_strategy='no', report_to='none', output_dir=str(tmp_path/'run'))
+    fork_ranks(counted, 1, tmp_path/'log', to_flags(cfg))
+    held, e = json.loads((tmp_path/'run'/'held-0.json').read_text()), estimate(cfg)
+    activations = {r['part'] for r in e.rows if 'backward pass' in r['part'] or 'at work' in r['part']}
+    assert held['passes'] == pytest.approx(parts(e, 'training', activations), rel=.06)
+    assert held['passes'] > 8*512*2048 # of one layer's widest weight
 
 def test_remedies_of_real_size(tmp_path):
     "What helps, helps; GB for the published sizes, in the order that everybody expects."
