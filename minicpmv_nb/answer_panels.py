@@ -151,10 +151,13 @@ class MergePanel(RunsPanel):
             fields = [typed_path(box) for box in (self.base, self.adapter, self.out)]
             if lacking := [name for name, value in zip(('base', 'adapter', 'new folder'), fields) if not value]: raise ValueError(f'Fill in {" and ".join(lacking)}.')
             self.say(f'reading {fields[1]}', 'busy')
-            done = merge(*fields, check=self.check.value, watch=self.watch, tell=lambda line: setattr(self, 'confirmed', f'{self.confirmed} {line}'.strip()))
+            told = []
+            done = merge(*fields, check=self.check.value, watch=self.watch, tell=told.append)
         finally: self.stop.disabled = True
         self.done, self.bar.value = done, self.bar.max
-        self.say(f'{done}: {self.confirmed or "merged; the check was left out."}', 'done')
+        if self.check.value: self.confirmed = told[0]
+        else: told.insert(0, 'merged; the check was left out.')
+        self.say(f'{done}: {" ".join(told)}', 'done')
         for call in self.on_merge: call(done)
 
     def watch(self, done:int, files:int)->bool: # Files written, and how many there are -> whether to stop

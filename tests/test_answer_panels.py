@@ -10,6 +10,7 @@ from minicpmv_nb import answer_panels, merging
 from minicpmv_nb.answer_panels import ChatPanel, MergePanel
 from minicpmv_nb.chat import Chat, answer_file
 from minicpmv_nb.config import lora
+from minicpmv_nb.families import read_config
 from minicpmv_nb.merging import find_folders, merge, named_base
 from minicpmv_nb.model import load, save, tiny_checkpoint
 from minicpmv_nb.tuning import tune
@@ -72,6 +73,16 @@ def test_merging_by_clicking(runs, tiny, tmp_path):
     assert merged == [tmp_path/'mine'] and panel.values()['confirmed'].startswith('merged checkpoint confirmed: logits differ by') and (tmp_path/'mine'/'model.safetensors').is_file()
     panel.go.click(); panel.join()
     assert 'exists and is not empty' in panel.said and merged == [tmp_path/'mine'] and panel.values()['done'] is None
+
+@pytest.mark.parametrize('check', [True, False])
+def test_what_a_merge_found_and_what_it_left_out(check, runs, tiny, tmp_path):
+    base = shutil.copytree(tiny, tmp_path/'base')
+    (base/'config.json').write_text(json.dumps(read_config(tiny) | dict(auto_map=dict(AutoModel='modeling_minicpmv.MiniCPMV'))))
+    panel = MergePanel(str(base), str(runs/'one'/'final'), str(tmp_path/'out'), runs)
+    panel.check.value = check
+    panel.go.click(); panel.join(300)
+    assert 'modeling_minicpmv.py' in panel.said and ('the check was left out' in panel.said) != check
+    assert panel.values()['confirmed'].startswith('merged checkpoint confirmed' if check else '') and bool(panel.values()['confirmed']) == check and '.py' not in panel.values()['confirmed']
 
 def test_a_merge_is_stopped_between_two_files(runs, tiny, tmp_path, monkeypatch):
     base = save(load(tiny).state_dict(), tiny, tmp_path/'base', max_shard='1MB')
