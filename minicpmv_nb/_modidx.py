@@ -703,6 +703,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                  'minicpmv_nb/estimating.py'),
                                         'minicpmv_nb.estimating._fake_layout': ( 'estimating.html#_fake_layout',
                                                                                  'minicpmv_nb/estimating.py'),
+                                        'minicpmv_nb.estimating._gathers': ('estimating.html#_gathers', 'minicpmv_nb/estimating.py'),
                                         'minicpmv_nb.estimating._host': ('estimating.html#_host', 'minicpmv_nb/estimating.py'),
                                         'minicpmv_nb.estimating._host_optimizer': ( 'estimating.html#_host_optimizer',
                                                                                     'minicpmv_nb/estimating.py'),

@@ -152,21 +152,25 @@ def paper_step(
     cfg:Config, # What trains, and how
     work:Work, # The batch
     keep:bool=False, # Gradients are kept where they arise, as without ZeRO; otherwise they are counted elsewhere
-    leaving:tuple=(), # What `Leaving` takes, where the optimiser is offloaded
+    leaving:tuple=(), # Where the optimiser is offloaded, what `Leaving` takes: the stage of ZeRO, how many processes share, whether a copy is made
 )->Step: # At its peak
     "Do one step with tensors that have no content; the last answers are remembered."
     return _paper_step(json.dumps(config), only_model(cfg), work, keep, leaving)
 
 class Leaving:
-    "A gradient on its way into the machine's memory: it waits for the next one, then its norm is taken in float64, then it is copied as float32 (DeepSpeed's `zero/stage_1_and_2.py` and `stage3.py`)."
-    def __init__(self, split:int, most:int, at_once:int): # In how many parts each gradient is shared out; the most of one that a rank takes; how much its norm is taken of at a time
-        self.split, self.most, self.at_once, self.waiting = split, most, at_once, None
+    "A gradient on its way into the machine's memory: it waits for the next one, then a rank takes the norm of its share in float64, and copies it as float32 (DeepSpeed's `zero/stage_1_and_2.py`, `stage3.py`)."
+    def __init__(self, groups:list[list], stage:int, ranks:int, copied:bool): # The optimiser's, of weights; ZeRO's; that share the work; whether the share is copied first, as ZeRO-3 does on a GPU
+        whole = {p: p.numel() if stage == 3 else sum(q.numel() for q in group) for group in groups for p in group} # what is split: each weight, or a group from end to end
+        self.share = {p: min(p.numel(), math.ceil(n/ranks)) for p, n in whole.items()}
+        self.at_once, self.copied, self.waiting = 250_000_000 if stage == 3 else None, copied, None # of `_constant_buffered_norm2`
 
-    def next(self, gradient): # The one that is complete now; None: there are no more
+    def next(self, p): # The weight whose gradient is complete now; None: there are no more
         if self.waiting is not None:
-            mine = self.waiting.flatten()[:min(math.ceil(self.waiting.numel()/self.split), self.most)]
+            gradient, share = self.waiting
+            mine = gradient.flatten()[:share]
+            if self.copied: mine = mine.clone()
             mine[:self.at_once].double(); mine.float() # each gone before the next
-        self.waiting = gradient
+        self.waiting = None if p is None else (p.grad, self.share[p])
 
 _ALONE = threading.Lock() # Two steps at a time would undo each other's change of transformers in the wrong order
 
@@ -180,7 +184,7 @@ def _paper_step(config:str, cfg:Config, work:Work, keep:bool, leaving:tuple)->St
     l = _fake_layout(model, work, mode)
     with mode: inputs = _fake_inputs(model, work, l)
     ledger = Ledger([*tuned.parameters(), *tuned.buffers(), *inputs.values(), l.source, l.positions, l.rows, l.cols, l.times, l.order, *l.reads])
-    out = Leaving(*leaving) if leaving else None
+    out = Leaving([g['params'] for g in parameter_groups(tuned, cfg)], *leaving) if leaving else None
     for p in tuned.parameters():
         if p.requires_grad: p.register_post_accumulate_grad_hook(lambda p: _arrived(p, ledger, keep, out))
     with _ALONE, mode, ledger:
@@ -191,7 +195,7 @@ def _paper_step(config:str, cfg:Config, work:Work, keep:bool, leaving:tuple)->St
     return Step(tower, llm, rest-tower-llm, ledger.kept_at_peak)
 
 def _arrived(p:nn.Parameter, ledger:Ledger, keep:bool, out:Leaving|None)->None: # A gradient is complete
-    if out: out.next(p.grad)
+    if out: out.next(p)
     if keep: ledger.kept += p.grad.untyped_storage().nbytes()
     else: p.grad = None
 
@@ -300,7 +304,7 @@ def _rows(config:dict, cfg:Config, ranks:int, work:Work)->list[dict]: # One per 
     n = {k: found[k] for k in ('trained', 'frozen', 'packed')}
     needs = memory(**n, stage=stage, gpus=ranks, width=width, offload=offloaded(cfg), moments=moments)
     builds = not stage and cfg.gradient_accumulation_steps == 1 and ranks == 1 # gradients arise during the backward pass
-    step = paper_step(config, cfg, work, keep=builds, leaving=_leaving(cfg, ranks, found['groups']))
+    step = paper_step(config, cfg, work, keep=builds, leaving=_leaving(cfg, stage, ranks))
     arising = dict(gradients=step.gradients/1e9 if builds else needs['gradients'])
     row = lambda part, loading=0.0, training=0.0, step=0.0: dict(part=part, loading=loading, training=training, step=step)
     return [row('weights', needs['loading'], needs['weights'], needs['weights']), row('gradients', 0.0, arising['gradients'], needs['gradients']), row('optimizer', 0.0, needs['optimizer'], needs['optimizer']),
@@ -314,14 +318,15 @@ def _buffers(cfg:Config, stage:int, ranks:int, n:dict, width:int, widest:int, hi
     given = zero.get('reduce_bucket_size', 5e8)
     bucket = (hidden*hidden if given == 'auto' else float(given))*width/1e9 # as transformers fills it in
     spare = widest*width/1e9 if offloaded(cfg) in ('optimizer', 'all') else 0.0 # for one gradient on its way out
-    if stage < 3: return bucket + spare, spare
-    elsewhere = ranks > 1 or offloaded(cfg) in ('weights', 'all') # otherwise there is nothing to gather
-    gathered = min(memory(**n, stage=2, width=width)['weights'], float(zero.get('stage3_max_live_parameters', 1e9))*width/1e9) if elsewhere else 0.0
+    if stage < 3: return bucket*(2 if zero.get('overlap_comm') else 1) + spare, spare
+    gathered = min(memory(**n, stage=2, width=width)['weights'], float(zero.get('stage3_max_live_parameters', 1e9))*width/1e9) if _gathers(cfg, ranks) else 0.0
     return bucket + gathered, bucket
 
-def _leaving(cfg:Config, ranks:int, groups:tuple)->tuple: # For `Leaving`: ZeRO-2 gives each rank a stretch of each of the optimiser's groups, ZeRO-3 a part of each weight
+def _leaving(cfg:Config, stage:int, ranks:int)->tuple: # For `Leaving`
     if offloaded(cfg) not in ('optimizer', 'all'): return ()
-    return (ranks, max(groups), 250_000_000) if zero_stage(cfg) == 3 else (1, math.ceil(max(groups)/ranks), max(groups)) # the number is stage3.py's `_constant_buffered_norm2`'s
+    return stage, ranks, stage == 3 and not cfg.use_cpu and not _gathers(cfg, ranks) # the copy takes the room of a weight that is gathered no longer
+
+def _gathers(cfg:Config, ranks:int)->bool: return ranks > 1 or offloaded(cfg) in ('weights', 'all') # Otherwise ZeRO-3 has all weights in place
 
 def _sub_groups(cfg:Config, sizes)->list[float]: # What is stepped at a time: a group; under ZeRO-3 at most `sub_group_size`
     if zero_stage(cfg) < 3: return list(sizes)

@@ -138,6 +138,7 @@ def memory(
     whole['weights'] += (width*(frozen-packed) + PACKED_BYTES*packed)/1e9
     shared = {0: (), 1: ('optimizer',), 2: ('gradients', 'optimizer'), 3: ('weights', 'gradients', 'optimizer')}[stage]
     away = dict(none=(), weights=('weights',), optimizer=('gradients', 'optimizer'), all=('weights', 'gradients', 'optimizer'))[offload]
+    if stage == 1: away = tuple(k for k in away if k != 'gradients') # they leave after the backward pass, not in it
     parts = {k: 0.0 if k in away else v/gpus if k in shared else v for k, v in whole.items()}
     return dict(loading=whole['weights']) | parts | dict(together=sum(parts.values()))
 
