@@ -307,18 +307,20 @@ def _watch_run(run)->int: # Until it ends; Ctrl-C ends only the watching
 def _train_arguments(p)->None:
     _config_arguments(p)
     p.add_argument('--name', help='of the run folder below runs; default: method and time')
-    p.add_argument('--detach', action='store_true', help='do not watch')
+    how = p.add_mutually_exclusive_group()
+    how.add_argument('--detach', action='store_true', help='do not watch')
+    how.add_argument('--prepare', action='store_true', help='check everything and write the run folder, for "slurm" or "watch --start"; the GPUs may be those of another machine')
 
 def _train(a, rest, p)->int:
     cfg = _asked(a, rest, p)
     from minicpmv_nb.answer_panels import near
     from minicpmv_nb.jobs import launch
-    run = launch(cfg, name=a.name)
+    run = launch(cfg, name=a.name, start=not a.prepare)
     print(f'run folder: {near(run.folder)}', flush=True)
-    return 0 if a.detach else _watch_run(run)
+    return 0 if a.detach or a.prepare else _watch_run(run)
 
 COMMANDS['train'] = Command(_train, 'check everything, start a run, watch it', lambda: 'Check everything, write a run folder, start torchrun in the background, and watch the run until it ends. Ctrl-C ends only the watching.', _train_arguments,
-    ('train --method lora --recommended --model_name_or_path openbmb/MiniCPM-V-2_6 --data_path train.json', 'train --script finetune_lora.sh --gpus 8 --detach', 'train --config runs/first/config.json --learning_rate 5e-5 --name second'), flags=True)
+    ('train --method lora --recommended --model_name_or_path openbmb/MiniCPM-V-2_6 --data_path train.json', 'train --script finetune_lora.sh --gpus 8 --detach', 'train --config runs/first/config.json --learning_rate 5e-5 --name second', 'train --config big.json --gpus 8 --nnodes 2 --name big --prepare'), flags=True)
 
 # %% ../nbs/27_command.ipynb #348d70f3
 def run_table(
@@ -365,6 +367,20 @@ def _watch(a, rest, p)->int:
 
 COMMANDS['watch'] = Command(_watch, 'how far are my runs? Start, stop, resume one, draw its loss', lambda: 'Show how far a run is, until it ends; Ctrl-C ends only the watching. Exits with 1 when the run failed, was stopped before its end, or is not started.', _watch_arguments,
     ('watch', 'watch runs/lora-20250101-120000', 'watch first --stop', 'watch first --resume', 'watch first --plot loss.png', 'watch first --log'))
+
+# %% ../nbs/27_command.ipynb #77d1c4f2
+def _slurm_arguments(p)->None:
+    _, docs = docments('jobs', 'slurm')
+    p.add_argument('run', metavar='RUN', help='what "train --prepare" has written: a run folder, or its name below runs')
+    for name, kind in (('time', str), ('partition', str), ('account', str), ('cpus_per_task', int), ('save_seconds', int)): _add(p, docs, f'--{name}', type=kind)
+    p.add_argument('--extra', action='append', default=[], metavar='OPTION', help='a further option of sbatch: --extra=--qos=high; may be repeated')
+
+def _slurm(a, rest, p)->None:
+    from minicpmv_nb.answer_panels import near
+    how = {k: v for k in ('time', 'partition', 'account', 'cpus_per_task', 'save_seconds', 'extra') if (v := getattr(a, k)) is not None}
+    print(f'written, to be read and submitted: sbatch {shlex.quote(near(_run(a.run).slurm(**how)))}')
+
+COMMANDS['slurm'] = Command(_slurm, 'write a Slurm job that starts a prepared run', lambda: docments('jobs', 'slurm')[0], _slurm_arguments, ('slurm big --partition a100 --time 2-00', 'slurm big --extra=--qos=high --extra=--exclusive'))
 
 # %% ../nbs/27_command.ipynb #1492f359
 def _merge_arguments(p)->None:
@@ -458,7 +474,7 @@ def _demo(a, rest, p)->None:
         raise
 
 COMMANDS['demo'] = Command(_demo, 'the whole path on drawn pictures, with proof that it learned', lambda: 'From nothing to a merged model on a CPU or GPU, in a few minutes: draw pictures, train a tiny base, adapt it with LoRA, merge, and ask about pictures it never saw.', _demo_arguments, ('demo', 'demo --family 2.6 --out elsewhere'))
-COMMANDS.update({name: COMMANDS.pop(name) for name in ('demo', 'check', 'train', 'watch', 'merge', 'quantize', 'chat', 'estimate', 'doctor')}) # in the order of use
+COMMANDS.update({name: COMMANDS.pop(name) for name in ('demo', 'check', 'train', 'slurm', 'watch', 'merge', 'quantize', 'chat', 'estimate', 'doctor')}) # in the order of use
 
 # %% ../nbs/27_command.ipynb #d47f8948
 #| eval: false

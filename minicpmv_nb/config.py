@@ -647,7 +647,8 @@ BETTER = dict(
     lora=[('learning_rate', 1e-4, 'at 1e-6 an update of rank 64 stays below 1 % of the weights after 3000 steps'), ('resampler_learning_rate', 1e-5, 'it is trained in full, which wants less than LoRA'),
         ('lora_target_modules', 'llm.attention llm.mlp', 'two thirds of the weights are in the MLP'), ('lora_alpha', lambda c: 2*c.lora_r, 'twice the rank, as other trainers do'), ('weight_decay', 0.0, 'a low-rank update is small as it is'),
         ('tune_vision', False, 'the maintainers advise it only for pictures far from photographs; in full it is most of the memory'), ('deepspeed', 'ds_config_zero2.json', 'there is little to split, and ZeRO-3 sends all weights around in each step')],
-    full=[('learning_rate', 5e-6, 'the official recipe for 4.6, with batches of 128'), ('vision_learning_rate', 2e-6, 'the tower knows its trade')])
+    full=[('learning_rate', 5e-6, 'the official recipe for 4.6, with batches of 128'), ('vision_learning_rate', 2e-6, 'the tower knows its trade'),
+        ('save_total_limit', 2, 'with the optimiser, a checkpoint takes 14 to 16 bytes a weight: more than 100 GB each')])
 
 def better_values(
     cfg:Config, # From `lora`, `qlora`, `full` or a script

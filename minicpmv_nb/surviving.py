@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEPT', 'KEPT_OF_LORA', 'ANEW', 'LIVE', 'LEAVE', 'checkpoints', 'newest_checkpoint', 'rotate', 'set_aside',
            'remove_folder', 'flush_folder', 'check_resume', 'writing', 'Pulse', 'pulses', 'alive', 'EvaluationStopped',
-           'Stop', 'steady']
+           'Stop', 'steady', 'clear_locks']
 
 # %% ../nbs/10_surviving.ipynb #10a0eefc
 import json, os, re, shutil, signal, socket, stat, threading, time
@@ -107,7 +107,7 @@ def _same_split(cfg:Config, folder:Path, ranks:int|None)->None: # Raises unless 
     had = 0 if not parts else 3 if any(folder.glob('global_step*/*zero_pp_rank_*_model_states.pt')) else 2
     if had != {1: 2}.get(zero_stage(cfg), zero_stage(cfg)): raise ValueError(f'{folder} was written {known[had][1]}, and its optimiser\'s state fits nothing else: set deepspeed={known[had][0]!r}, {ANEW}.')
     if parts and parts[0].name.startswith('bf16') != cfg.bf16: raise ValueError(f'{folder} was written with bf16={not cfg.bf16}, and its optimiser\'s state fits nothing else: set it back, {ANEW}.')
-    if parts and ranks and cfg.nnodes == 1 and len(parts) != ranks: raise ValueError(f'{folder} has its optimiser split over {len(parts)} processes, and DeepSpeed cannot split it anew for {ranks}: set gpus={len(parts)}, {ANEW}.')
+    if parts and ranks and len(parts) != ranks: raise ValueError(f'{folder} has its optimiser split over {len(parts)} processes, and DeepSpeed cannot split it anew for {ranks}: {f"set gpus={len(parts)}" if cfg.nnodes == 1 else f"take machines that have {len(parts)} together"}, {ANEW}.')
 
 # %% ../nbs/10_surviving.ipynb #181b5577
 @contextmanager
@@ -271,3 +271,20 @@ def _runs(pid:int)->bool:
     import psutil
     try: return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess: return False
+
+# %% ../nbs/10_surviving.ipynb #9d3be614
+def clear_locks(
+    folder:Path, # Where DeepSpeed compiles
+)->list[Path]: # Those that were removed
+    "Remove the locks of processes that were ended while compiling: the next run would wait for them forever. A process that compiles has its lock open."
+    import psutil
+    found = list(folder.glob('*/lock'))
+    held = {f.path for p in psutil.process_iter() for f in _open_files(p)} if found else set()
+    stale = [lock for lock in found if str(lock.resolve()) not in held]
+    for lock in stale: lock.unlink(missing_ok=True)
+    return stale
+
+def _open_files(process): # Of one process; none of one that has gone, or is not ours
+    import psutil
+    try: return process.open_files()
+    except psutil.Error: return []

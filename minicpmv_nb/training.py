@@ -9,7 +9,7 @@ __all__ = ['NEED_MORE', 'NAMED', 'STATE_FILES', 'OF_A_MACHINE', 'fit_precision',
            'with_folder', 'record_failure', 'main']
 
 # %% ../nbs/11_training.ipynb #b79f9f86
-import atexit, filecmp, json, math, os, shutil, socket, sys, threading, time
+import atexit, filecmp, json, math, os, shutil, socket, sys, threading, time, uuid
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -32,7 +32,7 @@ from .model import NOTES, check_shapes, code_note, fingerprint, read_tensor, say
 from .prompts import Processor
 from .quantizing import check_types, is_quantized, keep_layout, load_any, packed_tower, refuse_four_bit
 from .samples import Report
-from .surviving import LIVE, EvaluationStopped, Pulse, Stop, alive, check_resume, flush_folder, newest_checkpoint, remove_folder, rotate, set_aside, steady, writing
+from .surviving import LIVE, EvaluationStopped, Pulse, Stop, alive, check_resume, clear_locks, flush_folder, newest_checkpoint, remove_folder, rotate, set_aside, steady, writing
 from .tuning import GradientWatch, check_tuning, parameter_groups, part_table, tune
 
 # %% ../nbs/11_training.ipynb #6228964e
@@ -224,6 +224,7 @@ def _save_checkpoint(self, model, trial):
         self.accelerator.wait_for_everyone()
         super(FineTuner, self)._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
+        self._bring_together(name)
         if self.args.should_save: self._put_in_place(out, name)
     staging, self.staging = self.staging, None
     self.accelerator.wait_for_everyone()
@@ -256,6 +257,34 @@ def _save(self, output_dir=None, state_dict=None):
 
 FineTuner._get_output_dir, FineTuner._save_checkpoint, FineTuner._put_in_place, FineTuner._save = _get_output_dir, _save_checkpoint, _put_in_place, _save
 FineTuner._determine_best_metric = _determine_best_metric
+
+# %% ../nbs/11_training.ipynb #5f0c19ab
+def _bring_together(self, name:str):
+    "To be called on every rank when all have written: machines with a folder of their own send what they wrote to machine 0, since a checkpoint with a part of the optimiser is none."
+    if int(os.environ.get('GROUP_WORLD_SIZE', 1)) == 1: return
+    token = [uuid.uuid4().hex] # a name that nobody has looked up: no network disk remembers that it is not there
+    dist.broadcast_object_list(token, 0)
+    if self.args.process_index == 0: (self.staging/token[0]).touch()
+    dist.barrier()
+    apart = self.args.local_process_index == 0 and not (self.staging/token[0]).exists()
+    every = [None]*self.args.world_size
+    dist.all_gather_object(every, [(str(f.relative_to(self.staging)), f.stat().st_size) for f in sorted((self.staging/name).rglob('*')) if f.is_file()] if apart else [])
+    for rank, files in enumerate(every):
+        for file, size in files: self._send_file(self.staging/file, size, rank)
+
+def _send_file(self, file:Path, size:int, rank:int, at_once:int=2**26):
+    "From a rank to rank 0, in blocks of so many bytes."
+    if self.args.process_index not in (0, rank): return
+    sends, aside = self.args.process_index == rank, file.with_name(f'.{file.name}')
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file if sends else aside, 'rb' if sends else 'wb') as f:
+        for start in range(0, size, at_once):
+            block = torch.frombuffer(bytearray(f.read(at_once)), dtype=torch.uint8).to(self.args.device) if sends else torch.empty(min(at_once, size-start), dtype=torch.uint8, device=self.args.device)
+            (dist.send if sends else dist.recv)(block, 0 if sends else rank)
+            if not sends: f.write(block.cpu().numpy().tobytes())
+    if not sends: os.replace(aside, file)
+
+FineTuner._bring_together, FineTuner._send_file = _bring_together, _send_file
 
 # %% ../nbs/11_training.ipynb #d13c1325
 def _save_rng_state(self, output_dir):
@@ -645,6 +674,7 @@ def main(
     if 'TORCHELASTIC_RUN_ID' in os.environ: _end_with_torchrun()
     cfg = with_folder(from_flags(argv))
     refuse_running(cfg.output_dir) # before a signal could be taken for one to that run
+    if own and os.environ.get('LOCAL_RANK', '0') == '0' and (place := os.environ.get('TORCH_EXTENSIONS_DIR')): clear_locks(Path(place))
     guards = dict(stop=Stop(cfg.output_dir).listen(), pulse=Pulse(cfg.output_dir, cfg.hang_timeout)) if own else {}
     try: train(cfg, **guards, callbacks=callbacks)
     finally:

@@ -36,7 +36,7 @@ def test_help(words, columns, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert max(map(len, said.splitlines())) <= min(columns, 100) and 'examples:' in said and '`' not in said and 'None' not in re.findall(r'\[(.*?)\]', said)
 
-def test_every_command_is_in_the_overview(): assert re.findall(r'^  (\w+) {2,}', overview(), re.M) == ['demo', 'check', 'train', 'watch', 'merge', 'quantize', 'chat', 'estimate', 'doctor'] == list(COMMANDS)
+def test_every_command_is_in_the_overview(): assert re.findall(r'^  (\w+) {2,}', overview(), re.M) == ['demo', 'check', 'train', 'slurm', 'watch', 'merge', 'quantize', 'chat', 'estimate', 'doctor'] == list(COMMANDS)
 
 def test_every_argument_is_explained(monkeypatch):
     for name in COMMANDS:
@@ -223,6 +223,16 @@ def test_a_prepared_run_is_started(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == 'runs/mine is prepared, not started. To start it: minicpmv_nb watch runs/mine --start\n'
     monkeypatch.setattr(Run, 'start', lambda self: write_json(self.folder/'status.json', dict(state='done', step=40, steps=40, heartbeat=time.time())))
     assert main(['watch', 'runs/mine', '--start']) == 0 and capsys.readouterr().out.splitlines()[-1] == 'done: runs/mine/final'
+
+def test_a_run_is_prepared_for_a_cluster(tiny, drawn, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(['train', *map(str, base(tiny, drawn)), *'--method lora --gpus 8 --nnodes 2 --name big --prepare'.split()]) == 0
+    assert Run.attach('runs/big').status()['state'] == 'prepared' and capsys.readouterr().out.splitlines()[-1] == 'run folder: runs/big'
+    assert main(['slurm', 'big', *'--partition a100 --time 2-00 --save_seconds 600 --extra=--qos=high --extra=--exclusive'.split()]) == 0
+    job = Path('runs/big/job.sbatch').read_text().splitlines()
+    assert capsys.readouterr().out.endswith('sbatch runs/big/job.sbatch\n')
+    assert {f'#SBATCH --{option}' for option in ('nodes=2', 'gres=gpu:8', 'partition=a100', 'time=2-00', 'signal=TERM@600', 'qos=high', 'exclusive')} <= set(job)
+    assert main(['slurm', 'big', '--time', 'soon']) == 1 and "time is 'soon'" in capsys.readouterr().err
 
 @pytest.mark.parametrize('make', [Path.mkdir, Path.touch])
 def test_a_run_comes_before_another_thing_of_its_name(tmp_path, monkeypatch, capsys, make):

@@ -436,7 +436,7 @@ def test_nothing_can_be_said_as_a_flag(text): assert from_flags([*NEEDED_FLAGS, 
 
 def test_recommended_for_full_training():
     cfg = recommended(full('m', 'd'))
-    assert (cfg.learning_rate, cfg.vision_learning_rate, cfg.tune_vision, cfg.lora_alpha) == (5e-6, 2e-6, True, 64)
+    assert (cfg.learning_rate, cfg.vision_learning_rate, cfg.tune_vision, cfg.lora_alpha, cfg.save_total_limit) == (5e-6, 2e-6, True, 64, 2) and recommended(lora('m', 'd')).save_total_limit == 10
 
 
 # --- offload ---------------------------------------------------------------------------------------------------------

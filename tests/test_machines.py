@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from minicpmv_nb.config import from_script, lora, write_json
-from minicpmv_nb.jobs import Run, RunFailed, fit_network, launch
+from minicpmv_nb.jobs import Run, RunFailed, _extensions, fit_network, launch
 from minicpmv_nb.surviving import newest_checkpoint
 from support import free_port
 
@@ -27,6 +27,14 @@ def one(cfg, tmp_path_factory):
 def place(): return dict(nnodes=2, master_addr='127.0.0.2', master_port=free_port())
 
 def numbers(run)->list: return [(m['step'], m['loss'], m['grad_norm']) for m in run.metrics() if 'loss' in m]
+
+def from_step_2(runs):
+    "As if all had been stopped behind their first checkpoint."
+    for run in runs:
+        for gone in [run.final, *run.folder.glob('checkpoint-3')]: shutil.rmtree(gone, ignore_errors=True)
+        write_json(run.file('status.json'), json.loads(run.file('status.json').read_text()) | dict(state='stopped'))
+    for run in runs: run.resume()
+    for run in runs: run.wait(timeout=240)
 
 def assert_same(run, other):
     assert len(numbers(run)) == 3
@@ -59,7 +67,7 @@ def test_machines_that_were_told_otherwise(cfg, one, place, tmp_path, drawn, als
 @pytest.mark.slow
 def test_machines_make_up_for_an_evaluation_together(cfg, place, tmp_path, drawn):
     # Machine 1 has a copy of the checkpoint from before the evaluation was made, or, here, after it.
-    cfg = replace(cfg, do_eval=True, eval_data_path=str(drawn), evaluation_strategy='steps', eval_steps=2, lora_dropout=0.0) # the copy lacks the random state of rank 1
+    cfg = replace(cfg, do_eval=True, eval_data_path=str(drawn), evaluation_strategy='steps', eval_steps=2)
     runs = [launch(cfg, node_rank=i, output_dir=str(tmp_path/str(i)), **place) for i in (0, 1)]
     for run in runs: run.wait(timeout=180)
     before = numbers(runs[0]), [(m['step'], m['eval_loss']) for m in runs[0].metrics() if 'eval_loss' in m]
@@ -67,12 +75,22 @@ def test_machines_make_up_for_an_evaluation_together(cfg, place, tmp_path, drawn
     shutil.copytree(kept, runs[1].folder/'checkpoint-2')
     state = json.loads((kept/'trainer_state.json').read_text())
     (kept/'trainer_state.json').write_text(json.dumps(state | dict(log_history=[e for e in state['log_history'] if 'eval_loss' not in e])))
-    for run in runs:
-        for gone in [run.final, *run.folder.glob('checkpoint-3')]: shutil.rmtree(gone, ignore_errors=True)
-        write_json(run.file('status.json'), json.loads(run.file('status.json').read_text()) | dict(state='stopped'))
-    for run in runs: run.resume()
-    for run in runs: run.wait(timeout=120)
+    from_step_2(runs)
     assert (numbers(runs[0]), [(m['step'], m['eval_loss']) for m in runs[0].metrics() if 'eval_loss' in m]) == before
+
+@pytest.mark.parametrize('how', [dict(deepspeed='ds_config_zero2.json'), pytest.param(dict(deepspeed='ds_config_zero3.json'), marks=pytest.mark.slow), pytest.param(dict(deepspeed=None), marks=pytest.mark.slow)], ids=lambda how: str(how['deepspeed']))
+def test_machines_with_folders_of_their_own_go_on(cfg, place, tmp_path, how):
+    "Machine 0 gets what the others write; copied to them, a checkpoint is whole, dropout and all."
+    cfg = replace(cfg, lora_dropout=.1, **how)
+    runs = [launch(cfg, node_rank=i, output_dir=str(tmp_path/str(i)), **place) for i in (0, 1)]
+    for run in runs: run.wait(timeout=240)
+    before, kept = numbers(runs[0]), runs[0].folder/'checkpoint-2'
+    assert {f.name for f in kept.iterdir()} >= {'rng_state_0.pth', 'rng_state_1.pth', 'loss_0.json', 'loss_1.json'} and not list(kept.rglob('.*'))
+    assert len(list(kept.glob('global_step*/*optim_states.pt'))) == (2 if cfg.deepspeed else 0)
+    assert not list(runs[1].folder.glob('*checkpoint-*')) and not (runs[1].folder/'.saving').exists()
+    shutil.copytree(kept, runs[1].folder/'checkpoint-2')
+    from_step_2(runs)
+    assert numbers(runs[0]) == before
 
 def test_machines_share_a_folder(cfg, one, place, tmp_path):
     shared = str(tmp_path/'shared')
@@ -210,11 +228,11 @@ def cluster(tmp_path, monkeypatch):
     "srun and scontrol of a cluster of up to two nodes, both of which are this machine."
     tools = tmp_path/'bin'; tools.mkdir()
     (tools/'scontrol').write_text('#!/bin/bash\n[ "$1 $2 $3" = "show hostnames n[0-1]" ] && printf "127.0.0.1\\nn1\\n"\n')
-    (tools/'srun').write_text('#!/bin/bash\nshift\nfor i in $(seq 0 $((SLURM_NNODES-1))); do SLURM_NODEID=$i "$@" & all="$all $!"; done\nfor p in $all; do wait $p || code=$?; done\nexit ${code:-0}\n')
+    (tools/'srun').write_text('#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nfor i in $(seq 0 $((SLURM_NNODES-1))); do SLURM_NODEID=$i "$@" & all="$all $!"; done\nfor p in $all; do wait $p || code=$?; done\nexit ${code:-0}\n')
     for tool in tools.iterdir(): tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv('GLOO_SOCKET_IFNAME', 'lo')
     def sbatch(file, nodes):
-        env = os.environ | dict(PATH=f'{tools}{os.pathsep}{os.environ["PATH"]}', SLURM_JOB_NODELIST='n[0-1]', SLURM_NNODES=str(nodes))
+        env = os.environ | dict(PATH=f'{tools}{os.pathsep}{os.environ["PATH"]}', SLURM_JOB_NODELIST='n[0-1]', SLURM_NNODES=str(nodes), SLURM_CPUS_PER_TASK='1')
         with open(file.parent/'log.txt', 'ab') as log: return subprocess.Popen(['bash', str(file)], env=env, stdout=log, stderr=log, start_new_session=True)
     return sbatch
 
@@ -272,13 +290,26 @@ def test_what_the_job_asks_for(cfg, tmp_path):
     code = [line for line in lines if not line.startswith('#')]
     assert len(code) == 4 and 'me' not in ''.join(code).split() # values are in comments only
     script = (run.folder/'node.sh').read_text()
+    assert code[-1].startswith('srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" ') # which srun does not take from the job
+    assert 'TERM@900' in run.slurm(save_seconds=900).read_text() and 'export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=900\n' in (run.folder/'node.sh').read_text()
     assert script.count('--node_rank "$SLURM_NODEID"') == 2 and script.count('--master_addr "$MASTER_ADDR"') == 2 and '--resume_from_checkpoint auto' in script
 
-@pytest.mark.parametrize('wrong,said', [(dict(account='a\nrm -rf x'), 'account is'), (dict(partition='a\0b'), 'partition is'), (dict(time='soon'), "time is 'soon'"), (dict(extra=['rm -rf x']), 'options of sbatch look like'), (dict(extra=['--a\nb']), 'options of sbatch look like')])
+@pytest.mark.parametrize('wrong,said', [(dict(account='a\nrm -rf x'), 'account is'), (dict(partition='a\0b'), 'partition is'), (dict(time='soon'), "time is 'soon'"), (dict(save_seconds=0), 'save_seconds is 0'), (dict(extra=['rm -rf x']), 'options of sbatch look like'), (dict(extra=['--a\nb']), 'options of sbatch look like')])
 def test_values_that_are_no_options(cfg, tmp_path, wrong, said):
     run = launch(cfg, output_dir=str(tmp_path/'run'), start=False)
     with pytest.raises(ValueError, match=said): run.slurm(**wrong)
     assert not (run.folder/'job.sbatch').exists()
+
+def test_each_node_compiles_for_itself(cfg, tmp_path, monkeypatch):
+    monkeypatch.delenv('TORCH_EXTENSIONS_DIR', raising=False)
+    monkeypatch.setenv('HOME', str(tmp_path/"a user's home"))
+    run = launch(cfg, deepspeed='ds_config_zero2.json', output_dir=str(tmp_path/'run'), start=False)
+    run.slurm()
+    line = next(l for l in (run.folder/'node.sh').read_text().splitlines() if 'TORCH_EXTENSIONS_DIR' in l)
+    hostname = tmp_path/'bin'/'hostname'
+    hostname.parent.mkdir(); hostname.write_text('#!/bin/bash\necho another-node\n'); hostname.chmod(0o755)
+    said = subprocess.run(['bash', '-c', f'{line}; echo "$TORCH_EXTENSIONS_DIR"'], env=os.environ | dict(PATH=f'{hostname.parent}{os.pathsep}{os.environ["PATH"]}'), capture_output=True, text=True).stdout.strip()
+    assert said == str(_extensions('another-node')) and "a user's home" in said
 
 def test_one_job_for_all_machines(cfg, place, tmp_path):
     run = launch(cfg, output_dir=str(tmp_path/'run'), node_rank=1, start=False, **place)

@@ -380,6 +380,7 @@ def test_a_split_optimizer_wants_its_processes(tmp_path):
     cfg = Config('model', 'data', use_lora=True, resume_from_checkpoint=str(folder), deepspeed='ds_config_zero2.json')
     check_resume(cfg, 2); check_resume(cfg)
     with pytest.raises(ValueError, match='split over 2 processes, and DeepSpeed cannot split it anew for 4: set gpus=2'): check_resume(cfg, 4)
+    with pytest.raises(ValueError, match='cannot split it anew for 4: take machines that have 2 together'): check_resume(replace(cfg, nnodes=2), 4)
     with pytest.raises(ValueError, match='was written with bf16=False'): check_resume(replace(cfg, bf16=True), 2)
     for other, how in (('ds_config_zero3.json', 'by ZeRO-2'), (None, 'by ZeRO-2')):
         with pytest.raises(ValueError, match=f"was written {how}.*set deepspeed='ds_config_zero2.json'"): check_resume(replace(cfg, deepspeed=other), 2)
