@@ -6,7 +6,8 @@ import multiprocessing, os, sys, time
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from minicpmv_nb.jobs import _extensions, clear_locks
+from minicpmv_nb.jobs import _extensions
+from minicpmv_nb.surviving import clear_locks
 from support import free_port
 
 IMPORTED = ['minicpmv_nb.training', 'minicpmv_nb.jobs', 'deepspeed', 'bitsandbytes', 'forked']

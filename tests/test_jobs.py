@@ -335,7 +335,7 @@ def test_what_the_data_check_found_is_printed(cfg, data_copy, capsys):
 
 def test_locks_of_ended_processes_are_removed(tmp_path):
     # DeepSpeed's compiling waits for a lock file, forever if its owner was killed.
-    from minicpmv_nb.jobs import clear_locks
+    from minicpmv_nb.surviving import clear_locks
     for name in ('dead', 'alive'): (tmp_path/name).mkdir(); (tmp_path/name/'lock').touch()
     with open(tmp_path/'alive'/'lock'): assert clear_locks(tmp_path) == [tmp_path/'dead'/'lock']
     assert (tmp_path/'alive'/'lock').exists() and not (tmp_path/'dead'/'lock').exists()
