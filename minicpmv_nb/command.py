@@ -309,12 +309,13 @@ def _train_arguments(p)->None:
     p.add_argument('--name', help='of the run folder below runs; default: method and time')
     how = p.add_mutually_exclusive_group()
     how.add_argument('--detach', action='store_true', help='do not watch')
-    how.add_argument('--prepare', action='store_true', help='check everything and write the run folder, for "slurm" or "watch --start"; the GPUs may be those of another machine')
+    how.add_argument('--prepare', action='store_true', help='check everything and write the run folder, for "slurm" or "watch --start"; --gpus are those of the machine that will run it')
 
 def _train(a, rest, p)->int:
     cfg = _asked(a, rest, p)
     from minicpmv_nb.answer_panels import near
     from minicpmv_nb.jobs import launch
+    if a.prepare and cfg.gpus is None and not cfg.use_cpu: p.error('with --prepare say how many GPUs a machine has, such as --gpus 8, or --use_cpu true')
     run = launch(cfg, name=a.name, start=not a.prepare)
     print(f'run folder: {near(run.folder)}', flush=True)
     return 0 if a.detach or a.prepare else _watch_run(run)
@@ -349,7 +350,7 @@ def _watch_arguments(p)->None:
     p.add_argument('--stop', action='store_true', help='end the run; it saves first, and can be resumed')
     go_on = p.add_mutually_exclusive_group()
     go_on.add_argument('--resume', action='store_true', help='go on from the newest checkpoint, then watch')
-    go_on.add_argument('--start', action='store_true', help='start what launch(..., start=False) has prepared, then watch')
+    go_on.add_argument('--start', action='store_true', help='start what train --prepare, or launch(..., start=False), has written, then watch')
     p.add_argument('--plot', metavar='FILE', help='draw loss and learning rate: .png, .svg or .pdf')
     p.add_argument('--log', action='store_true', help='print the end of everything the run has printed')
     p.add_argument('--lines', type=int, default=40, help='how much of it [%(default)s]')

@@ -554,14 +554,14 @@ def slurm(self,
 )->Path: # `job.sbatch`, for sbatch
     "Write a Slurm job that starts this run, and goes on with it. Raises `ValueError` for a run that runs or is done, and for values that are no options."
     cfg, state = replace(self.config, resume_from_checkpoint='auto'), self.status()['state']
-    if state in (*LIVE, 'done'): raise ValueError(f'{self.folder.name} is {state}: prepare a new run with launch(..., start=False).')
+    if state in (*LIVE, 'done'): raise ValueError(f'{self.folder.name} is {state}: prepare a new run with launch(..., start=False), or train --prepare.')
     if self.node_rank: raise ValueError('One job starts all machines: prepare it with node_rank=0.')
     _check_options(time, partition, account, cpus_per_task, extra, save_seconds)
     options = dict(job_name=self.folder.name, nodes=cfg.nnodes, ntasks_per_node=1, gres=None if cfg.use_cpu else f'gpu:{cfg.gpus}',
         cpus_per_task=cpus_per_task or cfg.gpus*(1+cfg.dataloader_num_workers), time=time, partition=partition, account=account,
         output=str(self.file('log.txt')).replace('%', '%%'), open_mode='append', signal=f'TERM@{save_seconds}')
     lines = [_option(k, v) for k, v in options.items() if v is not None] + ['#SBATCH --requeue'] + [f'#SBATCH {shlex.quote(word)}' for word in extra]
-    return _write_job(self, cfg, lines, max(PATIENCE, save_seconds))
+    return _write_job(self, cfg, lines, max(int(_environment(cfg)['TORCH_ELASTIC_SHUTDOWN_TIMEOUT']), save_seconds))
 
 def _write_job(run:Run, cfg:Config, lines:list[str], patience:int)->Path: # What one machine does, and the job that makes all do it
     several = dict(node_rank='"$SLURM_NODEID"', master_addr='"$MASTER_ADDR"') if cfg.nnodes > 1 else {}
@@ -570,7 +570,7 @@ def _write_job(run:Run, cfg:Config, lines:list[str], patience:int)->Path: # What
     write_script(cfg, run.folder/'node.sh', _join_timeout(run), several, forward=False)
     first = ['hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")', "export MASTER_ADDR=${hosts%%$'\\n'*} # the first of them"]
     job = run.folder/'job.sbatch'
-    job.write_text('\n'.join(['#!/bin/bash', *lines, 'set -euo pipefail', *first, f'srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" /bin/bash {shlex.quote(str(run.folder/"node.sh"))}', '']), encoding='utf-8')
+    job.write_text('\n'.join(['#!/bin/bash', *lines, 'set -euo pipefail', *first, f'srun --kill-on-bad-exit=1 ${{SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}} /bin/bash {shlex.quote(str(run.folder/"node.sh"))}', '']), encoding='utf-8')
     (run.folder/'exit-0').unlink(missing_ok=True)
     _note(run, 'prepared', slurm=True)
     return job

@@ -276,7 +276,7 @@ def _runs(pid:int)->bool:
 def clear_locks(
     folder:Path, # Where DeepSpeed compiles
 )->list[Path]: # Those that were removed
-    "Remove the locks of processes that were ended while compiling: the next run would wait for them forever. A process that compiles has its lock open."
+    "Remove the locks of processes that were ended while compiling: the next run would wait for them forever. A process that compiles has its lock open; those of other machines cannot be seen, so each machine has a folder of its own."
     import psutil
     found = list(folder.glob('*/lock'))
     held = {f.path for p in psutil.process_iter() for f in _open_files(p)} if found else set()

@@ -222,6 +222,8 @@ def _save_checkpoint(self, model, trial):
     with writing(name, out), self.run_log.aside():
         if self.args.should_save and self.staging.exists(): shutil.rmtree(self.staging)
         self.accelerator.wait_for_everyone()
+        if self.args.local_process_index == 0 and not self.args.should_save: shutil.rmtree(self.staging, ignore_errors=True) # of a save that was cut short, on a machine with a folder of its own
+        self.accelerator.wait_for_everyone()
         super(FineTuner, self)._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         self._bring_together(name)
@@ -270,7 +272,7 @@ def _bring_together(self, name:str):
     every = [None]*self.args.world_size
     dist.all_gather_object(every, [(str(f.relative_to(self.staging)), f.stat().st_size) for f in sorted((self.staging/name).rglob('*')) if f.is_file()] if apart else [])
     for rank, files in enumerate(every):
-        for file, size in files: self._send_file(self.staging/file, size, rank)
+        for file, size in files: self._send_file(self.staging/file, size, rank); dist.barrier() # each file has the time that ranks wait for each other, half an hour, not all together
 
 def _send_file(self, file:Path, size:int, rank:int, at_once:int=2**26):
     "From a rank to rank 0, in blocks of so many bytes."
@@ -591,8 +593,11 @@ def train(
     refuse_foreign(cfg.output_dir)
     refuse_running(cfg.output_dir)
     _refuse_second(cfg)
-    check_resume(cfg, int(os.environ.get('WORLD_SIZE', 1)))
-    try: return _train(cfg, stop, pulse, callbacks)
+    ranks = int(os.environ.get('WORLD_SIZE', 1))
+    check_resume(cfg, ranks if cfg.nnodes == 1 else None)
+    try:
+        check_resume(cfg, ranks) # of several machines, `launch` did not know
+        return _train(cfg, stop, pulse, callbacks)
     except (Exception, KeyboardInterrupt) as error:
         record_failure(cfg.output_dir, error)
         raise

@@ -232,6 +232,7 @@ def test_a_run_is_prepared_for_a_cluster(tiny, drawn, tmp_path, monkeypatch, cap
     job = Path('runs/big/job.sbatch').read_text().splitlines()
     assert capsys.readouterr().out.endswith('sbatch runs/big/job.sbatch\n')
     assert {f'#SBATCH --{option}' for option in ('nodes=2', 'gres=gpu:8', 'partition=a100', 'time=2-00', 'signal=TERM@600', 'qos=high', 'exclusive')} <= set(job)
+    assert main(['train', *map(str, base(tiny, drawn)), '--method', 'lora', '--prepare']) == 2 and '--gpus 8' in capsys.readouterr().err
     assert main(['slurm', 'big', '--time', 'soon']) == 1 and "time is 'soon'" in capsys.readouterr().err
 
 @pytest.mark.parametrize('make', [Path.mkdir, Path.touch])

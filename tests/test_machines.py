@@ -8,7 +8,7 @@ import pytest
 
 from minicpmv_nb.config import from_script, lora, write_json
 from minicpmv_nb.jobs import Run, RunFailed, _extensions, fit_network, launch
-from minicpmv_nb.surviving import newest_checkpoint
+from minicpmv_nb.surviving import alive, newest_checkpoint
 from support import free_port
 
 
@@ -31,6 +31,7 @@ def numbers(run)->list: return [(m['step'], m['loss'], m['grad_norm']) for m in 
 def from_step_2(runs):
     "As if all had been stopped behind their first checkpoint."
     for run in runs:
+        until(lambda: not alive(json.loads(run.file('status.json').read_text())), 30)
         for gone in [run.final, *run.folder.glob('checkpoint-3')]: shutil.rmtree(gone, ignore_errors=True)
         write_json(run.file('status.json'), json.loads(run.file('status.json').read_text()) | dict(state='stopped'))
     for run in runs: run.resume()
@@ -67,7 +68,7 @@ def test_machines_that_were_told_otherwise(cfg, one, place, tmp_path, drawn, als
 @pytest.mark.slow
 def test_machines_make_up_for_an_evaluation_together(cfg, place, tmp_path, drawn):
     # Machine 1 has a copy of the checkpoint from before the evaluation was made, or, here, after it.
-    cfg = replace(cfg, do_eval=True, eval_data_path=str(drawn), evaluation_strategy='steps', eval_steps=2)
+    cfg = replace(cfg, do_eval=True, eval_data_path=str(drawn), evaluation_strategy='steps', eval_steps=2, lora_dropout=0.0) # the random state of this checkpoint is that behind the evaluation
     runs = [launch(cfg, node_rank=i, output_dir=str(tmp_path/str(i)), **place) for i in (0, 1)]
     for run in runs: run.wait(timeout=180)
     before = numbers(runs[0]), [(m['step'], m['eval_loss']) for m in runs[0].metrics() if 'eval_loss' in m]
@@ -89,8 +90,31 @@ def test_machines_with_folders_of_their_own_go_on(cfg, place, tmp_path, how):
     assert len(list(kept.glob('global_step*/*optim_states.pt'))) == (2 if cfg.deepspeed else 0)
     assert not list(runs[1].folder.glob('*checkpoint-*')) and not (runs[1].folder/'.saving').exists()
     shutil.copytree(kept, runs[1].folder/'checkpoint-2')
+    left = runs[1].folder/'.saving'/'checkpoint-3'/'adapter_config.json' # of a save that was cut short, when this was machine 0
+    left.parent.mkdir(parents=True); left.write_text('left')
     from_step_2(runs)
-    assert numbers(runs[0]) == before
+    assert numbers(runs[0]) == before and (runs[0].folder/'checkpoint-3'/'adapter_config.json').read_text() != 'left' and not left.exists()
+
+def test_machines_that_are_too_few_for_a_checkpoint(cfg, place, tmp_path):
+    folder = tmp_path/'checkpoint-2'; (folder/'global_step2').mkdir(parents=True)
+    (folder/'trainer_state.json').write_text('{}')
+    for rank in range(4): (folder/f'global_step2/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt').touch()
+    runs = [launch(cfg, deepspeed='ds_config_zero2.json', resume_from_checkpoint=str(folder), node_rank=i, output_dir=str(tmp_path/str(i)), **place) for i in (0, 1)]
+    with pytest.raises(RunFailed, match='cannot split it anew for 2: take machines that have 4 together'): runs[0].wait(timeout=180)
+    runs[1].stop(timeout=5)
+
+@pytest.mark.parametrize('size', [0, 2001])
+def test_a_file_travels_in_blocks(size, tmp_path):
+    "Between two processes over gloo; the file on machine 0 is there when it is whole."
+    (tmp_path/'1').mkdir(); (tmp_path/'1'/'part of a file').write_bytes(os.urandom(size))
+    code = """import sys, types; from pathlib import Path; import torch, torch.distributed as dist; from minicpmv_nb.training import FineTuner
+dist.init_process_group('gloo'); rank = dist.get_rank()
+me = types.SimpleNamespace(args=types.SimpleNamespace(process_index=rank, device='cpu'))
+FineTuner._send_file(me, Path(sys.argv[1])/str(rank)/'part of a file', int(sys.argv[2]), 1, at_once=1000)"""
+    env = os.environ | dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()), GLOO_SOCKET_IFNAME='lo')
+    both = [subprocess.Popen([sys.executable, '-c', code, tmp_path, str(size)], env=env | dict(RANK=str(i))) for i in (0, 1)]
+    assert [p.wait(120) for p in both] == [0, 0]
+    assert (tmp_path/'0'/'part of a file').read_bytes() == (tmp_path/'1'/'part of a file').read_bytes() and len(list((tmp_path/'0').iterdir())) == 1
 
 def test_machines_share_a_folder(cfg, one, place, tmp_path):
     shared = str(tmp_path/'shared')
@@ -290,7 +314,7 @@ def test_what_the_job_asks_for(cfg, tmp_path):
     code = [line for line in lines if not line.startswith('#')]
     assert len(code) == 4 and 'me' not in ''.join(code).split() # values are in comments only
     script = (run.folder/'node.sh').read_text()
-    assert code[-1].startswith('srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" ') # which srun does not take from the job
+    assert code[-1].startswith('srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} ') # which srun does not take from the job
     assert 'TERM@900' in run.slurm(save_seconds=900).read_text() and 'export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=900\n' in (run.folder/'node.sh').read_text()
     assert script.count('--node_rank "$SLURM_NODEID"') == 2 and script.count('--master_addr "$MASTER_ADDR"') == 2 and '--resume_from_checkpoint auto' in script
 
